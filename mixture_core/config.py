@@ -1,0 +1,103 @@
+"""What a user chooses: `MixtureConfig`, checked when it is made."""
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import attrs
+
+Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def as_integer(value: int) -> int:
+    """Returns NumPy's and other integers as an int, and anything else unchanged, for the validator to refuse."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def as_number(value: float) -> float:
+    """Returns NumPy's and other real numbers as a float, and anything else unchanged, for the validator to refuse."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def integer(*, at_least: int) -> Check:
+    """Returns an attrs validator for integers."""
+
+    def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"`{attribute.name}` must be an integer, got {value!r}.")
+        if value < at_least:
+            raise ValueError(f"`{attribute.name}` must be at least {at_least}, got {value}.")
+
+    return check
+
+
+def number(expected: str, accepts: Callable[[float], bool]) -> Check:
+    """Returns an attrs validator for finite numbers that `accepts` is true of; `expected` says so in words."""
+
+    def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, float):
+            raise TypeError(f"`{attribute.name}` must be a number, got {value!r}.")
+        if not (math.isfinite(value) and accepts(value)):
+            raise ValueError(f"`{attribute.name}` must be {expected}, got {value}.")
+
+    return check
+
+
+def one_of(*words: str) -> Check:
+    """Returns an attrs validator for a closed set of words."""
+
+    def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"`{attribute.name}` must be one of {', '.join(words)}, got {value!r}.")
+
+    return check
+
+
+def boolean(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    """Is an attrs validator for true and false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{attribute.name}` must be true or false, got {value!r}.")
+
+
+@attrs.frozen(kw_only=True)
+class MixtureConfig:
+    """The choices of one mixture: static and hashable, never a tensor.
+
+    Raises:
+        TypeError: A value is of the wrong type; the message names the option, what was expected and what came.
+        ValueError: A value is out of range; likewise.
+    """
+
+    # Number of mixture components, at least 1.
+    K: int = attrs.field(default=8, converter=as_integer, validator=integer(at_least=1))
+    # Where the responsibilities come from.
+    assigner: Literal["kmeans_online", "label_supervised"] = attrs.field(
+        default="kmeans_online", validator=one_of("kmeans_online", "label_supervised")
+    )
+    # What a step keeps of earlier steps; `label_supervised` is `per_batch` with labels for responsibilities.
+    mode: Literal["per_batch", "ema", "label_supervised"] = attrs.field(
+        default="ema", validator=one_of("per_batch", "ema", "label_supervised")
+    )
+    # What a step leaves of the weight of earlier samples, in (0, 1); `mode: ema` alone uses it.
+    ema_decay: float = attrs.field(
+        default=0.95,
+        converter=as_number,
+        validator=number("greater than 0 and less than 1", lambda value: 0 < value < 1),
+    )
+    # Lloyd iterations (assign, then recompute) per step, at least 1.
+    max_assign_iters: int = attrs.field(default=2, converter=as_integer, validator=integer(at_least=1))
+    # Share, times K, of the weight under which a component counts as dead and is moved; 0 turns that off.
+    revive_below: float = attrs.field(
+        default=0.01, converter=as_number, validator=number("at least 0 and less than 1", lambda value: 0 <= value < 1)
+    )
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the responsibilities are the labels'."""
+        return "label_supervised" in (self.assigner, self.mode)
+
+    @property
+    def averages(self) -> bool:
+        """Whether a step keeps anything of earlier steps."""
+        return self.mode == "ema"

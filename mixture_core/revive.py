@@ -1,0 +1,49 @@
+"""A second life for components that nothing is assigned to any more."""
+
+import torch
+from torch import Tensor
+
+from mixture_core.inputs import usable_rows
+from mixture_core.moments import Moments
+from mixture_core.scatter import safe_divide
+
+OUTLIERS = 0.05  # share of the batch's rows, the farthest from their means, that draw no component to them
+
+
+def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_below: float) -> tuple[Moments, Tensor]:
+    """Returns the moments with at most one dead component moved to where the batch fits worst, and how many moved.
+
+    Dead is the lightest component if its share of the weight is below revive_below / K. Of the rows, the one farthest
+    from the batch's mean of its own component, but for the farthest 5 %, which may be outliers, says where the component
+    goes, with weight and covariance 0: to the middle of that row's side of its component, the rows no farther out and at
+    an acute angle to it. (To the row itself would not do: in many dimensions rows are nearer to a mean than to another
+    row, so that a component there dies again.) Nothing moves where the row coincides with its mean.
+
+    Args:
+        moments: After the step.
+        batch: The moments of the step's batch.
+        x: (N, D) the step's embeddings.
+        R: (N, K) its hard responsibilities.
+        revive_below: Share, times K, under which a component is dead.
+    """
+    N, K = R.shape
+    if N == 0:
+        return moments, torch.zeros((), dtype=torch.int64, device=x.device)
+    used = usable_rows(x)
+    difference = torch.where(used[:, None], x - R @ batch.mean, 0.0)
+    distance = torch.where(used, difference.square().sum(dim=1), -1.0)
+    rank = (used.sum() * OUTLIERS).to(torch.int64)
+    row = distance.sort(descending=True, stable=True).indices.gather(0, rank[None])
+    far, direction, own = distance.gather(0, row), difference.index_select(0, row)[0], R.index_select(0, row)[0]
+    side = ((R @ own > 0) & (distance <= far) & (difference @ direction > 0)).to(x.dtype)
+    target = own @ batch.mean + safe_divide(side @ difference, side.sum())
+
+    lightest = moments.weight.argmin()
+    dead = moments.pi.gather(0, lightest[None]) < revive_below / K
+    moves = (dead & (far > 0))[0]
+    moved = moves & (torch.arange(K, device=x.device) == lightest)
+    return Moments(
+        weight=torch.where(moved, 0.0, moments.weight),
+        mean=torch.where(moved[:, None], target, moments.mean),
+        covariance=torch.where(moved[:, None, None], 0.0, moments.covariance),
+    ), moves.to(torch.int64)

@@ -1,0 +1,17 @@
+"""Mixture diagnostics for training loops: an estimator that is fed at every step and writes one row about it."""
+
+from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.context import activate, active_estimator
+from mixture_torch.estimator import MixtureStats
+from mixture_torch.losses import NTXentLoss
+from mixture_torch.readers import read_log, read_scores
+
+__all__ = [
+    "MixtureRuntimeConfig",
+    "MixtureStats",
+    "NTXentLoss",
+    "activate",
+    "active_estimator",
+    "read_log",
+    "read_scores",
+]

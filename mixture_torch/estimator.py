@@ -1,0 +1,357 @@
+"""`MixtureStats`: the estimator that a training loop keeps, around the pure functions of mixture_core."""
+
+import operator
+import os
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
+
+import mixture_core
+from mixture_core import MixtureState
+from mixture_core.inputs import as_embeddings, as_labels, usable_rows
+from mixture_torch.checkpoint import from_state_dict, to_state_dict
+from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.distributed import announce_fault, gather_rows, in_process_group, is_main_rank, local_rows
+from mixture_torch.precision import exact, full_float32
+from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+
+DEFAULTS = MixtureRuntimeConfig()
+IGNORED_LABELS = (-1, -100)
+SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
+Writer: TypeAlias = CsvWriter | AppendScores | PerStepScores
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class MixtureStats:
+    """Keeps a Gaussian mixture of the embeddings that it is fed, and writes a row about it per step.
+
+    Everything is computed in float32, without gradients, outside autocast, and from random numbers of its own, so that
+    a training run with it is bit for bit the run without it. The means start from greedy k-means++ once 4 K usable rows
+    have come; until then every batch starts anew from the rows so far.
+
+    Args:
+        K: Number of components.
+        assigner: `kmeans_online`: each row belongs to its nearest mean; `label_supervised`: to its label.
+        mode: `ema`: statistics over an exponential window; `per_batch`: of each batch alone; `label_supervised`: of
+            each batch alone, by labels.
+        ema_decay: What a step leaves of the weight of earlier samples, in (0, 1).
+        enabled: False makes every method do nothing.
+        is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
+        cross_rank: Gather the embeddings of all ranks before each update.
+        log_dir: Folder for the files; None writes none.
+        store_scores: Write the responsibilities too.
+        scores_mode: `append`: all in one file; `per_step`: one file per step.
+        max_assign_iters: Lloyd iterations per step.
+        seed: Of the estimator's own random numbers.
+        strict: Raise where rows would be ignored.
+        revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
+
+    Raises:
+        TypeError: An option is of the wrong type; the message names it, what was expected and what came.
+        ValueError: An option is out of range, or `store_scores` lacks a `log_dir`.
+    """
+
+    def __init__(
+        self,
+        *,
+        K: int,
+        assigner: Literal["kmeans_online", "label_supervised"] = DEFAULTS.assigner,
+        mode: Literal["per_batch", "ema", "label_supervised"] = DEFAULTS.mode,
+        ema_decay: float = DEFAULTS.ema_decay,
+        enabled: bool = DEFAULTS.enabled,
+        is_main: bool | None = None,
+        cross_rank: bool = DEFAULTS.cross_rank,
+        log_dir: str | os.PathLike[str] | None = None,
+        store_scores: bool = DEFAULTS.store_scores,
+        scores_mode: Literal["append", "per_step"] = DEFAULTS.scores_mode,
+        max_assign_iters: int = DEFAULTS.max_assign_iters,
+        seed: int = DEFAULTS.seed,
+        strict: bool = DEFAULTS.strict,
+        revive_below: float = DEFAULTS.revive_below,
+    ) -> None:
+        self._config = MixtureRuntimeConfig(
+            K=K,
+            assigner=assigner,
+            mode=mode,
+            ema_decay=ema_decay,
+            enabled=enabled,
+            cross_rank=cross_rank,
+            store_scores=store_scores,
+            scores_mode=scores_mode,
+            max_assign_iters=max_assign_iters,
+            seed=seed,
+            strict=strict,
+            revive_below=revive_below,
+        )
+        if is_main not in (None, True, False):
+            raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
+        self._is_main = is_main
+        self._state: MixtureState | None = None
+        self._waiting: Tensor | None = None  # (n, D) rows that came before there were enough to start from
+        self._stats = NOTHING
+        self._warned = False
+        self._log: CsvWriter | None = None
+        self._scores: AppendScores | PerStepScores | None = None
+        if self.enabled:
+            self._open(log_dir)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MixtureRuntimeConfig,
+        *,
+        log_dir: str | os.PathLike[str] | None = None,
+        is_main: bool | None = None,
+    ) -> "MixtureStats":
+        """Returns the estimator of a configuration.
+
+        Args:
+            config: From `MixtureRuntimeConfig.from_yaml`, `.from_mapping`, or made by hand.
+            log_dir: Folder for the files.
+            is_main: Whether this process writes them.
+        """
+        return cls(log_dir=log_dir, is_main=is_main, **attrs.asdict(config))
+
+    @property
+    def config(self) -> MixtureRuntimeConfig:
+        """All options but `log_dir` and `is_main`."""
+        return self._config
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the estimator does anything."""
+        return self._config.enabled
+
+    @property
+    def state(self) -> MixtureState | None:
+        """What the next update starts from; None before the first."""
+        return self._state
+
+    @property
+    def stats(self) -> Mapping[str, Tensor]:
+        """What the last update returned; empty before the first."""
+        return self._stats
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has not annotated it
+    def update(self, embeddings: Tensor, labels: Tensor | None = None) -> Mapping[str, Tensor]:
+        """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
+
+        Where the estimator is disabled, the mapping is empty. During a backward pass, where activation checkpointing
+        runs the forward pass a second time, nothing is updated and the last mapping is returned.
+
+        Args:
+            embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
+                with NaN or Inf are ignored and counted.
+            labels: (N,) integers in [0, K), or -1 or -100 where a row is to be ignored; only looked at where
+                responsibilities come from labels.
+
+        Raises:
+            TypeError: An argument is of the wrong type; the estimator is unchanged.
+            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; likewise.
+        """
+        if not self.enabled:
+            return NOTHING
+        if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
+            return self._stats
+        with full_float32(getattr(embeddings, "device", torch.device("cpu"))):
+            x, labels = self._receive(embeddings, labels)
+            state, waiting = self._start(x)
+            state, stats = mixture_core.step(state, x, labels)
+            n_ignored = int(stats.n_ignored)
+            if n_ignored and self._config.strict:
+                raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(x))}.")
+            self._state, self._waiting, self._stats = state, waiting, exact(stats)
+        if n_ignored and not self._warned:
+            self._warned = True
+            warnings.warn(f"{_ignored(n_ignored, len(x))}; said once, `n_ignored` counts them.", stacklevel=2)
+        return self._stats
+
+    def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
+        """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
+
+        Does nothing where the estimator is disabled, without a `log_dir`, and on other ranks than the main one.
+
+        Args:
+            step: The training step, at least 0.
+            epoch: The epoch, at least 0.
+            stats: What `update` returned; None is the last.
+
+        Raises:
+            TypeError: `step` or `epoch` is no integer.
+            ValueError: One of them is negative, or there has been no update.
+            OSError: The row could not be written.
+        """
+        if not self.enabled:
+            return
+        step, epoch = _as_count("step", step), _as_count("epoch", epoch)
+        stats = self._stats if stats is None else stats
+        if not stats:
+            raise ValueError("`log_step` must come after `update`, got no statistics to log.")
+        if self._log is None or not self._writes_files():
+            return
+        self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
+        if self._scores is not None:
+            self._scores.append(step, epoch, stats["R"])
+
+    def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns R, (N, K) float32: each row's nearest mean as it stands, or its label, with no update of anything.
+
+        Args:
+            embeddings: (N, D), tensor or NumPy array.
+            labels: (N,) integers; only looked at where responsibilities come from labels.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: A shape is wrong, or there has been no update.
+        """
+        if self._state is None:
+            raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
+        with full_float32(getattr(embeddings, "device", torch.device("cpu"))):
+            x = as_embeddings(local_rows(embeddings)).to(torch.float32)
+            return mixture_core.assign(_to_device(self._state, x.device), x, labels)
+
+    def state_dict(self) -> dict[str, Tensor | int | str]:
+        """Returns all that a later run needs to go on, as plain tensors, ints and strings, with the same keys always.
+
+        `torch.load` reads it back with its safe defaults.
+        """
+        return to_state_dict(self._config.core, self._state, self._waiting)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a state_dict.
+
+        Args:
+            state_dict: From an estimator with the same K, mode and assigner.
+
+        Raises:
+            ValueError: It is from another kind of estimator, or incomplete; this one is unchanged.
+        """
+        self._state, self._waiting = from_state_dict(self._config.core, state_dict)
+        self._stats = NOTHING
+
+    def flush(self) -> None:
+        """Makes all files complete: `mixture_scores.pt` holds all that was logged.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        for writer in self._writers():
+            writer.flush()
+
+    def close(self) -> None:
+        """Makes all files complete and closes them; a later `log_step` opens them again.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        _close(self._writers(), os.getpid())
+
+    def __enter__(self) -> "MixtureStats":
+        """Returns the estimator."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files."""
+        self.close()
+
+    def _open(self, log_dir: str | os.PathLike[str] | None) -> None:
+        if log_dir is None:
+            if self._config.store_scores and self._is_main is not False:
+                raise ValueError("`log_dir` must be given where `store_scores` is true, got None.")
+            return
+        if not isinstance(log_dir, (str, os.PathLike)):
+            raise TypeError(f"`log_dir` must be a path or None, got {log_dir!r}.")
+        self._log = CsvWriter(Path(log_dir))
+        if self._config.store_scores:
+            Scores = AppendScores if self._config.scores_mode == "append" else PerStepScores
+            self._scores = Scores(Path(log_dir))
+        # Whoever never calls `close` finds all files complete all the same.
+        weakref.finalize(self, _close, self._writers(), os.getpid())
+
+    def _writers(self) -> list[Writer]:
+        return [writer for writer in (self._log, self._scores) if writer is not None]
+
+    def _writes_files(self) -> bool:
+        """Decided at the first write: a process group often comes up later than the estimator."""
+        if self._is_main is None:
+            self._is_main = is_main_rank()
+        return self._is_main
+
+    def _receive(self, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Checks this rank's batch and returns it, or that of all ranks, which then raise together if one does."""
+        exchanges = self._config.cross_rank and in_process_group()
+        try:
+            D = None if self._state is None else self._state.moments.mean.shape[1]
+            x = as_embeddings(local_rows(embeddings), D=D).to(torch.float32)
+            labels = self._receive_labels(labels, x) if self._config.uses_labels else None
+        except (TypeError, ValueError):
+            if exchanges:
+                announce_fault()
+            raise
+        return gather_rows(x, labels) if exchanges else (x, labels)
+
+    def _receive_labels(self, labels: Tensor | None, x: Tensor) -> Tensor:
+        labels = as_labels(local_rows(labels), N=len(x), device=x.device)
+        ignored = torch.isin(labels, torch.tensor(IGNORED_LABELS, device=x.device))
+        wrong = labels[~ignored & ((labels < 0) | (labels >= self._config.K))]
+        if len(wrong):
+            expected = f"in [0, {self._config.K}), or -1 or -100 for a row to ignore"
+            raise ValueError(f"`labels` must be {expected}, got {int(wrong[0])}.")
+        return labels
+
+    def _start(self, x: Tensor) -> tuple[MixtureState, Tensor | None]:
+        """The state that this batch's step starts from, and the rows that go on waiting for more to start from."""
+        state, waiting = self._state, self._waiting
+        if state is not None and waiting is None:
+            return _to_device(state, x.device), None
+        if self._config.uses_labels:
+            return mixture_core.init(self._config.core, x), None
+        rows = x[usable_rows(x)]
+        if state is not None and not len(rows):
+            return _to_device(state, x.device), waiting
+        if waiting is not None:
+            rows = torch.cat([waiting.to(x.device), rows])
+        generator = torch.Generator(device="cpu").manual_seed(self._config.seed)
+        state = mixture_core.init(self._config.core, rows, generator=generator)
+        return state, rows if len(rows) < SEEDING_ROWS * self._config.K else None
+
+
+def _close(writers: list[Writer], owner: int) -> None:
+    """Closes the writers; a forked child, which has copies of them, leaves them to their owner."""
+    if os.getpid() == owner:
+        for writer in writers:
+            writer.close()
+
+
+def _to_device(state: MixtureState, device: torch.device) -> MixtureState:
+    moved: MixtureState = tree_map(lambda tensor: tensor.to(device), state)
+    return moved
+
+
+def _as_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if (count := operator.index(value)) < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {count}.")
+    return count
+
+
+def _figures(stats: Mapping[str, Tensor]) -> list[float]:
+    """pi_min, pi_max, trace_B and opnorm_B; nan where no row was usable: an instrument does not repeat old readings."""
+    if not stats["R"].any():
+        return [float("nan")] * 4
+    pi = stats["pi"]
+    figures: list[float] = torch.stack([pi.min(), pi.max(), stats["trace_B"], stats["opnorm_B"]]).tolist()
+    return figures
+
+
+def _ignored(count: int, N: int) -> str:
+    return f"{count} of {N} rows ignored (NaN, infinite, or labelled to be ignored)"

@@ -1,0 +1,62 @@
+"""A contrastive loss that feeds the active estimator."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mixture_torch.context import active_estimator
+
+
+class NTXentLoss(nn.Module):
+    """The normalised temperature-scaled cross entropy of SimCLR, and the estimator's view of the embeddings.
+
+    Over the 2N rows z of cat([z1, z2]), each L2-normalised, i's positive j(i) being the other view of its sample:
+
+        loss = mean_i -log( exp(z_i . z_j(i) / temperature) / sum_{k != i} exp(z_i . z_k / temperature) )
+
+    The same 2N rows, detached, go to the active estimator at every call, with the labels once for either view.
+
+    Args:
+        temperature: Above 0.
+
+    Raises:
+        ValueError: `temperature` is not a positive number.
+
+    Chen et al., "A simple framework for contrastive learning of visual representations" (2020), section 2.1.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"`temperature` must be a number greater than 0, got {temperature!r}.")
+        self.temperature = temperature
+
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns the loss, ().
+
+        Args:
+            z1: (N, D) embeddings of one view, N at least 1; need not be normalised.
+            z2: (N, D) embeddings of the other view of the same samples.
+            labels: (N,) integers for the active estimator; the loss itself has no use for them.
+
+        Raises:
+            ValueError: The shapes are not those.
+        """
+        if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 1:
+            shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
+            raise ValueError(f"`z1` and `z2` must have the same shape (N, D), N at least 1, got {shapes}.")
+        z = torch.cat([z1, z2])
+        # A norm in half precision is off by 1e-3, and with it every similarity.
+        z = functional.normalize(z if z.dtype == torch.float64 else z.to(torch.float32), dim=1)
+        if (estimator := active_estimator()) is not None:
+            estimator.update(z.detach(), None if labels is None else torch.cat([labels, labels]))
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        similarity = (z @ z.mT / self.temperature).masked_fill(itself, -torch.inf)
+        positive = torch.arange(len(z), device=z.device).roll(len(z1))
+        return functional.cross_entropy(similarity, positive)
+
+    def extra_repr(self) -> str:
+        """Returns what `print` shows of the loss."""
+        return f"temperature={self.temperature}"
