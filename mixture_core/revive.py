@@ -13,11 +13,11 @@ OUTLIERS = 0.05  # share of the batch's rows, the farthest from their means, tha
 def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_below: float) -> tuple[Moments, Tensor]:
     """Returns the moments with at most one dead component moved to where the batch fits worst, and how many moved.
 
-    Dead is the lightest component if its share of the weight is below revive_below / K. Of the rows, the one farthest
-    from the batch's mean of its own component, but for the farthest 5 %, which may be outliers, says where the component
-    goes, with weight and covariance 0: to the middle of that row's side of its component, the rows no farther out and at
-    an acute angle to it. (To the row itself would not do: in many dimensions rows are nearer to a mean than to another
-    row, so that a component there dies again.) Nothing moves where the row coincides with its mean.
+    Dead is the lightest component if its share of the weight is below revive_below / K. Of the rows, the one that lies
+    farthest from the batch's mean of its own component, but for the farthest 5 %, which may be outliers, says where the
+    component goes, with weight and covariance 0: to the middle of that row's side of its component, the rows no farther
+    out and at an acute angle to it. (To the row itself would not do: in many dimensions rows are nearer to a mean than
+    to another row, so that a component there dies again.) Nothing moves where the row coincides with its mean.
 
     Args:
         moments: After the step.

@@ -1,13 +1,10 @@
 """`MixtureStats`: the estimator that a training loop keeps, around the pure functions of mixture_core."""
 
-import operator
 import os
 import warnings
-import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -16,17 +13,16 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
 from mixture_core import MixtureState
-from mixture_core.inputs import as_embeddings, as_labels, usable_rows
+from mixture_core.inputs import as_embeddings, usable_rows
+from mixture_torch.batches import receive
 from mixture_torch.checkpoint import from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.distributed import announce_fault, gather_rows, in_process_group, is_main_rank, local_rows
+from mixture_torch.distributed import local_rows
 from mixture_torch.precision import exact, full_float32
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+from mixture_torch.recorder import Recorder
 
 DEFAULTS = MixtureRuntimeConfig()
-IGNORED_LABELS = (-1, -100)
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
-Writer: TypeAlias = CsvWriter | AppendScores | PerStepScores
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -91,17 +87,11 @@ class MixtureStats:
             strict=strict,
             revive_below=revive_below,
         )
-        if is_main not in (None, True, False):
-            raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
-        self._is_main = is_main
+        self._recorder = Recorder(self._config, log_dir=log_dir, is_main=is_main)
         self._state: MixtureState | None = None
         self._waiting: Tensor | None = None  # (n, D) rows that came before there were enough to start from
         self._stats = NOTHING
         self._warned = False
-        self._log: CsvWriter | None = None
-        self._scores: AppendScores | PerStepScores | None = None
-        if self.enabled:
-            self._open(log_dir)
 
     @classmethod
     def from_config(
@@ -162,7 +152,8 @@ class MixtureStats:
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
         with full_float32(getattr(embeddings, "device", torch.device("cpu"))):
-            x, labels = self._receive(embeddings, labels)
+            D = None if self._state is None else self._state.moments.mean.shape[1]
+            x, labels = receive(self._config, embeddings, labels, D=D)
             state, waiting = self._start(x)
             state, stats = mixture_core.step(state, x, labels)
             n_ignored = int(stats.n_ignored)
@@ -191,15 +182,10 @@ class MixtureStats:
         """
         if not self.enabled:
             return
-        step, epoch = _as_count("step", step), _as_count("epoch", epoch)
         stats = self._stats if stats is None else stats
         if not stats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
-        if self._log is None or not self._writes_files():
-            return
-        self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
-        if self._scores is not None:
-            self._scores.append(step, epoch, stats["R"])
+        self._recorder.record(stats, step=step, epoch=epoch)
 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns R, (N, K) float32: each row's nearest mean as it stands, or its label, with no update of anything.
@@ -243,8 +229,7 @@ class MixtureStats:
         Raises:
             OSError: A file could not be written.
         """
-        for writer in self._writers():
-            writer.flush()
+        self._recorder.flush()
 
     def close(self) -> None:
         """Makes all files complete and closes them; a later `log_step` opens them again.
@@ -252,7 +237,7 @@ class MixtureStats:
         Raises:
             OSError: A file could not be written.
         """
-        _close(self._writers(), os.getpid())
+        self._recorder.close()
 
     def __enter__(self) -> "MixtureStats":
         """Returns the estimator."""
@@ -261,51 +246,6 @@ class MixtureStats:
     def __exit__(self, *_: object) -> None:
         """Closes the files."""
         self.close()
-
-    def _open(self, log_dir: str | os.PathLike[str] | None) -> None:
-        if log_dir is None:
-            if self._config.store_scores and self._is_main is not False:
-                raise ValueError("`log_dir` must be given where `store_scores` is true, got None.")
-            return
-        if not isinstance(log_dir, (str, os.PathLike)):
-            raise TypeError(f"`log_dir` must be a path or None, got {log_dir!r}.")
-        self._log = CsvWriter(Path(log_dir))
-        if self._config.store_scores:
-            Scores = AppendScores if self._config.scores_mode == "append" else PerStepScores
-            self._scores = Scores(Path(log_dir))
-        # Whoever never calls `close` finds all files complete all the same.
-        weakref.finalize(self, _close, self._writers(), os.getpid())
-
-    def _writers(self) -> list[Writer]:
-        return [writer for writer in (self._log, self._scores) if writer is not None]
-
-    def _writes_files(self) -> bool:
-        """Decided at the first write: a process group often comes up later than the estimator."""
-        if self._is_main is None:
-            self._is_main = is_main_rank()
-        return self._is_main
-
-    def _receive(self, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Checks this rank's batch and returns it, or that of all ranks, which then raise together if one does."""
-        exchanges = self._config.cross_rank and in_process_group()
-        try:
-            D = None if self._state is None else self._state.moments.mean.shape[1]
-            x = as_embeddings(local_rows(embeddings), D=D).to(torch.float32)
-            labels = self._receive_labels(labels, x) if self._config.uses_labels else None
-        except (TypeError, ValueError):
-            if exchanges:
-                announce_fault()
-            raise
-        return gather_rows(x, labels) if exchanges else (x, labels)
-
-    def _receive_labels(self, labels: Tensor | None, x: Tensor) -> Tensor:
-        labels = as_labels(local_rows(labels), N=len(x), device=x.device)
-        ignored = torch.isin(labels, torch.tensor(IGNORED_LABELS, device=x.device))
-        wrong = labels[~ignored & ((labels < 0) | (labels >= self._config.K))]
-        if len(wrong):
-            expected = f"in [0, {self._config.K}), or -1 or -100 for a row to ignore"
-            raise ValueError(f"`labels` must be {expected}, got {int(wrong[0])}.")
-        return labels
 
     def _start(self, x: Tensor) -> tuple[MixtureState, Tensor | None]:
         """The state that this batch's step starts from, and the rows that go on waiting for more to start from."""
@@ -324,33 +264,9 @@ class MixtureStats:
         return state, rows if len(rows) < SEEDING_ROWS * self._config.K else None
 
 
-def _close(writers: list[Writer], owner: int) -> None:
-    """Closes the writers; a forked child, which has copies of them, leaves them to their owner."""
-    if os.getpid() == owner:
-        for writer in writers:
-            writer.close()
-
-
 def _to_device(state: MixtureState, device: torch.device) -> MixtureState:
     moved: MixtureState = tree_map(lambda tensor: tensor.to(device), state)
     return moved
-
-
-def _as_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if (count := operator.index(value)) < 0:
-        raise ValueError(f"`{name}` must be at least 0, got {count}.")
-    return count
-
-
-def _figures(stats: Mapping[str, Tensor]) -> list[float]:
-    """pi_min, pi_max, trace_B and opnorm_B; nan where no row was usable: an instrument does not repeat old readings."""
-    if not stats["R"].any():
-        return [float("nan")] * 4
-    pi = stats["pi"]
-    figures: list[float] = torch.stack([pi.min(), pi.max(), stats["trace_B"], stats["opnorm_B"]]).tolist()
-    return figures
 
 
 def _ignored(count: int, N: int) -> str:
