@@ -14,8 +14,8 @@ def as_tensor(value: Any, *, name: str) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    if hasattr(value, "__array__") and hasattr(value, "copy"):
-        return torch.as_tensor(value.copy())  # a copy: torch takes neither negative strides nor read-only memory
+    if hasattr(value, "__array__"):
+        return torch.from_numpy(value.__array__().copy())  # torch takes neither negative strides nor read-only memory
     raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
 
 

@@ -17,7 +17,7 @@ def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_bel
     farthest from the batch's mean of its own component, but for the farthest 5 %, which may be outliers, says where the
     component goes, with weight and covariance 0: to the middle of that row's side of its component, the rows no farther
     out and at an acute angle to it. (To the row itself would not do: in many dimensions rows are nearer to a mean than
-    to another row, so that a component there dies again.) Nothing moves where the row coincides with its mean.
+    to another row, so that a component there dies again.) Nothing moves where the row is its mean, up to rounding.
 
     Args:
         moments: After the step.
@@ -40,7 +40,8 @@ def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_bel
 
     lightest = moments.weight.argmin()
     dead = moments.pi.gather(0, lightest[None]) < revive_below / K
-    moves = (dead & (far > 0))[0]
+    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (own @ batch.mean).square().sum()
+    moves = (dead & (far > rounding))[0]
     moved = moves & (torch.arange(K, device=x.device) == lightest)
     return Moments(
         weight=torch.where(moved, 0.0, moments.weight),

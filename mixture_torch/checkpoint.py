@@ -23,7 +23,8 @@ def to_state_dict(
     """
     K = config.K
     if state is None:
-        moments = Moments(weight=torch.zeros(K), mean=torch.zeros(K, 0), covariance=torch.zeros(K, 0, 0))
+        weight = torch.zeros(K, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        moments = Moments(weight=weight, mean=weight.new_zeros(K, 0), covariance=weight.new_zeros(K, 0, 0))
     else:
         moments = state.moments
     D = moments.mean.shape[1]

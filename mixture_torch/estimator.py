@@ -151,7 +151,7 @@ class MixtureStats:
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
-        with full_float32(getattr(embeddings, "device", torch.device("cpu"))):
+        with full_float32(embeddings):
             D = None if self._state is None else self._state.moments.mean.shape[1]
             x, labels = receive(self._config, embeddings, labels, D=D)
             state, waiting = self._start(x)
@@ -200,7 +200,7 @@ class MixtureStats:
         """
         if self._state is None:
             raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
-        with full_float32(getattr(embeddings, "device", torch.device("cpu"))):
+        with full_float32(embeddings):
             x = as_embeddings(local_rows(embeddings)).to(torch.float32)
             return mixture_core.assign(_to_device(self._state, x.device), x, labels)
 

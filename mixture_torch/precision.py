@@ -13,12 +13,16 @@ MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.ma
 
 
 @contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(beside: object) -> Iterator[None]:
     """Runs its block without gradients, inference mode, autocast or reduced matrix products; puts all back after it.
 
     Casting to float32 would not be enough: inside autocast a product of float32 matrices is bfloat16 again. Per backend
     rather than through `torch.set_float32_matmul_precision`, whose getter raises where a backend was set on its own.
+
+    Args:
+        beside: What is computed with; on the device of a tensor, and on the CPU for anything else.
     """
+    device = beside.device if isinstance(beside, Tensor) else torch.device("cpu")
     reduced = [(matmul, matmul.fp32_precision) for matmul in MATMULS if matmul.fp32_precision not in ("ieee", "none")]
     for matmul, _ in reduced:
         matmul.fp32_precision = "ieee"
@@ -36,19 +40,19 @@ class ExactMoments(Moments):
     @property
     def B(self) -> Tensor:
         """Between-component covariance, (D, D)."""
-        with full_float32(self.weight.device):
+        with full_float32(self.weight):
             return super().B
 
     @property
     def opnorm_B(self) -> Tensor:
         """Operator norm of B, ()."""
-        with full_float32(self.weight.device):
+        with full_float32(self.weight):
             return super().opnorm_B
 
     @property
     def participation_ratio(self) -> Tensor:
         """Number of directions in use, ()."""
-        with full_float32(self.weight.device):
+        with full_float32(self.weight):
             return super().participation_ratio
 
 
