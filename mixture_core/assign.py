@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mixture_core.inputs import as_embeddings, as_labels, as_tensor, usable_rows
-from mixture_core.scatter import component_means, safe_divide
+from mixture_core.inputs import as_embeddings, as_labels, as_tensor, center_rows
+from mixture_core.scatter import component_means
 
 # Rows tried for each centroid of k-means++. With the customary 2 + log K, 7 of 50 random mixtures of 8 Gaussians whose
 # means lie 14 standard deviations apart in 16 dimensions lost a component; with 32, none.
@@ -20,10 +20,13 @@ def responsibilities_from_labels(labels: Tensor, K: int) -> Tensor:
 
     Raises:
         TypeError: `labels` are no integers.
-        ValueError: `labels` are not a vector.
+        ValueError: `labels` are not a vector, or `K` is below 1.
     """
+    _check_count("K", K)
     labels = as_tensor(labels, name="labels")
-    labels = as_labels(labels, N=labels.shape[0] if labels.ndim else 0, device=labels.device)
+    if labels.ndim != 1:
+        raise ValueError(f"`labels` must have shape (N,), got {tuple(labels.shape)}.")
+    labels = as_labels(labels, N=labels.shape[0], device=labels.device)
     return _one_hot(labels, K).to(torch.float32)
 
 
@@ -47,16 +50,17 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
     Lloyd, "Least squares quantization in PCM" (1982).
     """
     x = as_embeddings(x, name="x")
-    start = as_embeddings(centroids, D=x.shape[1], name="centroids").to(x.dtype)
-    if iterations < 1:
-        raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
-    usable, center, x = _center(x)
-    current = start - center
+    start = as_embeddings(centroids, D=x.shape[1], name="centroids", rows="K").to(x.dtype)
+    if start.shape[0] < 1:
+        raise ValueError(f"`centroids` must have shape (K, {x.shape[1]}), K at least 1, got {tuple(start.shape)}.")
+    _check_count("iterations", iterations)
+    usable, center, x = center_rows(x)
+    current, moved = start - center, torch.zeros_like(start[:, :1], dtype=torch.bool)
     for _ in range(iterations):
         R = torch.where(usable, _one_hot(_nearest(x, current), current.shape[0]).to(x.dtype), 0.0)
         occupied = R.sum(dim=0)[:, None] > 0
-        current = torch.where(occupied, component_means(x, R), current)
-    return R, torch.where(occupied, current + center, start)
+        current, moved = torch.where(occupied, component_means(x, R), current), moved | occupied
+    return R, torch.where(moved, current + center, start)
 
 
 def kmeans_plusplus(x: Tensor, K: int, *, generator: torch.Generator) -> Tensor:
@@ -79,15 +83,17 @@ def kmeans_plusplus(x: Tensor, K: int, *, generator: torch.Generator) -> Tensor:
     in section 5.
     """
     x = as_embeddings(x, name="x")
-    if K < 1:
-        raise ValueError(f"`K` must be at least 1, got {K}.")
+    _check_count("K", K)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator, got {generator!r}.")
     if x.shape[0] == 0:
         return x.new_zeros(K, x.shape[1])
     # A stream of its own: where the data came from the generator's stream (one seed for everything), draws repeat the
     # very numbers that chose each row's component, and whole rounds propose rows of one component only.
     seed = torch.randint(2**62, (), generator=generator, device=generator.device)
     generator = torch.Generator(device="cpu").manual_seed(int(seed))
-    usable, center, x = _center(x)
+    rows = x
+    usable, _, x = center_rows(rows)
     weight = usable[:, 0].to(x.dtype)
     chosen = [_draw(weight, 1, generator)[0]]
     distance = _squared_distances(x, x[chosen[0]][None])[:, 0] * weight
@@ -95,11 +101,17 @@ def kmeans_plusplus(x: Tensor, K: int, *, generator: torch.Generator) -> Tensor:
         # Rows drawn twice change nothing: where all distances are 0, any usable row does.
         candidates = _draw(torch.where(distance.sum() > 0, distance, weight), CANDIDATES, generator)
         remaining = torch.minimum(distance[:, None], _squared_distances(x, x[candidates]) * weight[:, None])
-        best = remaining.sum(dim=0).argmin()
+        best = torch.where(weight[candidates] > 0, remaining.sum(dim=0), torch.inf).argmin()
         chosen.append(candidates[best])
         distance = remaining[:, best]
-    centroids = x[torch.stack(chosen)] + center
-    return torch.where(usable.any(), centroids, 0.0)
+    return torch.where(usable.any(), rows[torch.stack(chosen)], 0.0)
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _one_hot(index: Tensor, K: int) -> Tensor:
@@ -107,20 +119,13 @@ def _one_hot(index: Tensor, K: int) -> Tensor:
     return index[:, None] == torch.arange(K, device=index.device)
 
 
-def _center(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are usable, (N, 1); their mean, (D,); and x about that mean, with 0 in rows that are not usable.
-
-    Distances from |c|^2 - 2 x.c lose all digits of embeddings far from 0. About the batch's own mean they do not, and
-    unlike about the mean of the centroids they do not either while some centroids are left behind by a collapse.
-    """
-    usable = usable_rows(x)[:, None]
-    center = safe_divide(torch.where(usable, x, 0.0).sum(dim=0), usable.sum(dim=0).to(x.dtype))
-    return usable, center, torch.where(usable, x - center, 0.0)
-
-
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """The index of each row's nearest centroid, (N,)."""
-    return (centroids.square().sum(dim=1) - 2 * (x @ centroids.mT)).argmin(dim=1)
+    centroids = centroids.detach()
+    nearest = (centroids.square().sum(dim=1) - 2 * (x.detach() @ centroids.mT)).argmin(dim=1)
+    # Which of several equal centroids wins is up to the product's rounding; it has to be the first.
+    equal = torch.cdist(centroids, centroids, p=torch.inf) == 0
+    return equal.to(torch.int8).argmax(dim=1).gather(0, nearest)
 
 
 def _squared_distances(x: Tensor, centroids: Tensor) -> Tensor:

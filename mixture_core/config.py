@@ -1,6 +1,5 @@
 """What a user chooses: `MixtureConfig`, checked when it is made."""
 
-import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -17,10 +16,13 @@ def as_integer(value: int) -> int:
 
 def as_number(value: float) -> float:
     """Returns NumPy's and other real numbers as a float, and anything else unchanged, for the validator to refuse."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    except OverflowError:  # an integer beyond all floats
+        return value
 
 
-def integer(*, at_least: int) -> Check:
+def integer(*, at_least: int, at_most: float = float("inf")) -> Check:
     """Returns an attrs validator for integers."""
 
     def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
@@ -28,17 +30,19 @@ def integer(*, at_least: int) -> Check:
             raise TypeError(f"`{attribute.name}` must be an integer, got {value!r}.")
         if value < at_least:
             raise ValueError(f"`{attribute.name}` must be at least {at_least}, got {value}.")
+        if value > at_most:
+            raise ValueError(f"`{attribute.name}` must be at most {at_most}, got {value}.")
 
     return check
 
 
 def number(expected: str, accepts: Callable[[float], bool]) -> Check:
-    """Returns an attrs validator for finite numbers that `accepts` is true of; `expected` says so in words."""
+    """Returns an attrs validator for numbers that `accepts` is true of; `expected` says so in words."""
 
     def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
-        if not isinstance(value, float):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"`{attribute.name}` must be a number, got {value!r}.")
-        if not (math.isfinite(value) and accepts(value)):
+        if not accepts(value):
             raise ValueError(f"`{attribute.name}` must be {expected}, got {value}.")
 
     return check

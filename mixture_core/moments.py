@@ -4,7 +4,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from mixture_core.inputs import as_embeddings, as_tensor, usable_rows
+from mixture_core.inputs import as_embeddings, as_tensor, center_rows
 from mixture_core.pytrees import pytree
 from mixture_core.scatter import component_means, component_scatter, safe_divide
 
@@ -96,8 +96,14 @@ def merge(a: Moments, b: Moments) -> Moments:
         a: Moments of the one set; leading batch dimensions are allowed.
         b: Moments of the other, of the same K and D.
 
+    Raises:
+        ValueError: They differ in K or D.
+
     Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), section 2.
     """
+    if a.mean.shape[-2:] != b.mean.shape[-2:]:
+        expected, came = tuple(a.mean.shape[-2:]), tuple(b.mean.shape[-2:])
+        raise ValueError(f"`b` must have the K and D of `a`, {expected}, got {came}.")
     weight = a.weight + b.weight
     share = safe_divide(b.weight, weight)[..., None]  # of b, (K, 1)
     d = b.mean - a.mean
@@ -118,7 +124,8 @@ def batch_moments(x: Tensor, R: Tensor) -> Moments:
     """Returns the moments of one batch under given responsibilities.
 
     With w_k = sum_n R_nk: mean_k = sum_n R_nk x_n / w_k and covariance_k = sum_n R_nk (x_n - mean_k)(x_n - mean_k)^T
-    / w_k. A component without weight has mean and covariance 0. Rows that are not finite count for nothing.
+    / w_k, by the corrected two-pass algorithm (Chan, Golub and LeVeque 1983, equation 1.7). A component without weight
+    has mean and covariance 0. Rows that are not finite count for nothing.
 
     Args:
         x: (N, D) embeddings, tensor or NumPy array.
@@ -129,20 +136,22 @@ def batch_moments(x: Tensor, R: Tensor) -> Moments:
         ValueError: A shape is wrong.
     """
     x = as_embeddings(x, name="x")
-    R = as_tensor(R, name="R").to(x.dtype)
-    if R.ndim != 2 or R.shape[0] != x.shape[0]:
+    R = as_tensor(R, name="R")
+    if R.is_complex():
+        raise TypeError(f"`R` must be real numbers, got {R.dtype}.")
+    if R.ndim != 2 or R.shape[0] != x.shape[0] or R.shape[1] < 1:
         raise ValueError(f"`R` must have shape ({x.shape[0]}, K), one row per embedding, got {tuple(R.shape)}.")
-    usable = usable_rows(x)[:, None]
-    R = torch.where(usable, R, 0.0)
+    usable, center, centered = center_rows(x)
+    R = torch.where(usable, R.to(x.dtype), 0.0)
     weight = R.sum(dim=0)
-    # Sums about 0 cancel when the embeddings are far from it: take them about the batch's own mean.
-    center = safe_divide(R.sum(dim=1) @ torch.where(usable, x, 0.0), weight.sum())
-    centered = torch.where(usable, x - center, 0.0)
     offset = component_means(centered, R)
+    sums, scatter = component_scatter(centered, R, offset)
+    # What the mean lost to rounding: of thousands of rows on one side of the center, 2e-5 of their distance from it.
+    lost = safe_divide(sums, weight[:, None])
     return Moments(
         weight=weight,
-        mean=torch.where(weight[:, None] > 0, center + offset, 0.0),
-        covariance=safe_divide(component_scatter(centered, R, offset), weight[:, None, None]),
+        mean=torch.where(weight[:, None] > 0, center + (offset + lost), 0.0),
+        covariance=safe_divide(scatter, weight[:, None, None]) - lost[:, :, None] * lost[:, None, :],
     )
 
 

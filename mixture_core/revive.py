@@ -7,7 +7,7 @@ from mixture_core.inputs import usable_rows
 from mixture_core.moments import Moments
 from mixture_core.scatter import safe_divide
 
-OUTLIERS = 0.05  # share of the batch's rows, the farthest from their means, that draw no component to them
+OUTLIERS = 20  # of so many rows one, the farthest from its mean, draws no component to it
 
 
 def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_below: float) -> tuple[Moments, Tensor]:
@@ -32,7 +32,7 @@ def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_bel
     used = usable_rows(x)
     difference = torch.where(used[:, None], x - R @ batch.mean, 0.0)
     distance = torch.where(used, difference.square().sum(dim=1), -1.0)
-    rank = (used.sum() * OUTLIERS).to(torch.int64)
+    rank = used.sum() // OUTLIERS
     row = distance.sort(descending=True, stable=True).indices.gather(0, rank[None])
     far, direction, own = distance.gather(0, row), difference.index_select(0, row)[0], R.index_select(0, row)[0]
     side = ((R @ own > 0) & (distance <= far) & (difference @ direction > 0)).to(x.dtype)

@@ -20,18 +20,23 @@ def component_means(x: Tensor, R: Tensor) -> Tensor:
     return safe_divide(R.mT @ x, R.sum(dim=0)[:, None])
 
 
-def component_scatter(x: Tensor, R: Tensor, mean: Tensor) -> Tensor:
-    """Returns sum_n R_nk (x_n - mean_k)(x_n - mean_k)^T, (K, D, D), symmetric to the bit.
+def component_scatter(x: Tensor, R: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns sums of differences and of their products, for d_nk = x_n - mean_k.
 
     Args:
         x: (N, D) finite embeddings.
         R: (N, K) responsibilities.
         mean: (K, D).
+
+    Returns:
+        sum_n R_nk d_nk, (K, D); and sum_n R_nk d_nk d_nk^T, (K, D, D), symmetric to the bit.
     """
     # One component at a time: an (N, K, D) tensor of differences would outgrow the embeddings K times.
-    scatters = []
+    sums, scatters = [], []
     for weight, center in zip(R.unbind(dim=1), mean.unbind(dim=0), strict=True):
         difference = x - center
-        scatters.append((weight[:, None] * difference).mT @ difference)
+        weighted = weight[:, None] * difference
+        sums.append(weighted.sum(dim=0))
+        scatters.append(weighted.mT @ difference)
     scatter = torch.stack(scatters)
-    return (scatter + scatter.mT) / 2
+    return torch.stack(sums), (scatter + scatter.mT) / 2

@@ -49,7 +49,7 @@ class MixtureRuntimeConfig(MixtureConfig):
     # Whether the statistics are those of the embeddings of all ranks.
     cross_rank: bool = attrs.field(default=False, validator=boolean)
     # Seed of the estimator's own random numbers, which only choose the first centroids.
-    seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0))
+    seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0, at_most=2**64 - 1))
     # Whether ignored rows raise instead of being counted.
     strict: bool = attrs.field(default=False, validator=boolean)
 

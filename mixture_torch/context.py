@@ -17,7 +17,12 @@ def activate(estimator: "MixtureStats | None") -> Iterator["MixtureStats | None"
 
     Args:
         estimator: None makes none active.
+
+    Raises:
+        TypeError: It is something else.
     """
+    if estimator is not None and not callable(getattr(estimator, "update", None)):
+        raise TypeError(f"`estimator` must be a MixtureStats or None, got {estimator!r}.")
     token = _active.set(estimator)
     try:
         yield estimator

@@ -107,7 +107,13 @@ class MixtureStats:
             config: From `MixtureRuntimeConfig.from_yaml`, `.from_mapping`, or made by hand.
             log_dir: Folder for the files.
             is_main: Whether this process writes them.
+
+        Raises:
+            TypeError: `config` is something else, or another argument is of the wrong type.
+            ValueError: `store_scores` lacks a `log_dir`.
         """
+        if not isinstance(config, MixtureRuntimeConfig):
+            raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
         return cls(log_dir=log_dir, is_main=is_main, **attrs.asdict(config))
 
     @property
@@ -176,13 +182,15 @@ class MixtureStats:
             stats: What `update` returned; None is the last.
 
         Raises:
-            TypeError: `step` or `epoch` is no integer.
+            TypeError: `step` or `epoch` is no integer, or `stats` no mapping.
             ValueError: One of them is negative, or there has been no update.
             OSError: The row could not be written.
         """
         if not self.enabled:
             return
         stats = self._stats if stats is None else stats
+        if not isinstance(stats, Mapping):
+            raise TypeError(f"`stats` must be what `update` returned, got {type(stats).__name__}.")
         if not stats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
         self._recorder.record(stats, step=step, epoch=epoch)

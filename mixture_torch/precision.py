@@ -22,16 +22,18 @@ def full_float32(beside: object) -> Iterator[None]:
     Args:
         beside: What is computed with; on the device of a tensor, and on the CPU for anything else.
     """
-    device = beside.device if isinstance(beside, Tensor) else torch.device("cpu")
+    device_type = beside.device.type if isinstance(beside, Tensor) and not beside.is_meta else "cpu"
     reduced = [(matmul, matmul.fp32_precision) for matmul in MATMULS if matmul.fp32_precision not in ("ieee", "none")]
     for matmul, _ in reduced:
         matmul.fp32_precision = "ieee"
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
             yield
     finally:
         for matmul, precision in reduced:
-            matmul.fp32_precision = precision
+            matmul.fp32_precision = "none"  # as it was if it follows the setting of all backends
+            if matmul.fp32_precision != precision:
+                matmul.fp32_precision = precision
 
 
 class ExactMoments(Moments):

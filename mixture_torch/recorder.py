@@ -14,6 +14,7 @@ from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import is_main_rank
 from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 
+RECORDED = ("pi", "trace_B", "opnorm_B", "R")
 Scores: TypeAlias = AppendScores | PerStepScores
 
 
@@ -60,10 +61,12 @@ class Recorder:
 
         Raises:
             TypeError: `step` or `epoch` is no integer.
-            ValueError: One of them is negative, or a file is not ours.
+            ValueError: One of them is negative, `stats` lack a figure, or a file is not ours.
             OSError: A file could not be written.
         """
         step, epoch = _as_count("step", step), _as_count("epoch", epoch)
+        if missing := [key for key in RECORDED if key not in stats]:
+            raise ValueError(f"`stats` must be what `update` returned, got a mapping without {', '.join(missing)}.")
         if self._log is None or not self._writes():
             return
         self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
@@ -97,9 +100,13 @@ def _close(writers: list[CsvWriter | Scores], owner: int) -> None:
 
 
 def _as_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if (count := operator.index(value)) < 0:
+    if count < 0:
         raise ValueError(f"`{name}` must be at least 0, got {count}.")
     return count
 

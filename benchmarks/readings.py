@@ -1,0 +1,100 @@
+"""How to read the numbers: the demo's encoder trained well and badly, and what the estimator says of each.
+
+    python -m benchmarks.readings
+
+prints the README's table, in about three minutes on two cores.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mixture_torch import MixtureStats, NTXentLoss, activate, active_estimator
+from mixture_torch.app import demo
+from mixture_torch.app.training import Rank, train
+
+STEPS = (1, 60, 240)
+FIGURES = ("pi_min", "pi_max", "trace_B", "opnorm_B", "trace_B / total", "participation ratio", "moved so far")
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Case(NamedTuple):
+    """One way to train."""
+
+    name: str
+    loss: Loss
+    revive_below: float = demo.MIXTURE.revive_below
+
+
+def alignment(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Returns 1 - mean cos(z1, z2), (): views are pulled together and nothing is pushed apart."""
+    active_estimator().update(functional.normalize(torch.cat([z1, z2]).detach(), dim=1))
+    return 1 - functional.cosine_similarity(z1, z2).mean()
+
+
+def broken_first_batch() -> Loss:
+    """Returns NT-Xent with an estimator that sees unnormalised embeddings, three of the first batch being broken."""
+    factors = torch.tensor([1e2, 2e2, 3e2])
+
+    def loss(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+        nonlocal factors
+        seen = torch.cat([z1, z2]).detach()
+        seen[: len(factors)] *= factors[:, None]
+        factors = factors[:0]
+        active_estimator().update(seen)
+        with activate(None):
+            return NTXentLoss(demo.TEMPERATURE)(z1, z2)
+
+    return loss
+
+
+def read(case: Case) -> list[str]:
+    """Returns the table's rows of one case.
+
+    Args:
+        case: The way to train.
+    """
+    settings = demo.DemoConfig()
+    images, digits = demo.load_images(torch.device("cpu"))
+    encoder = demo.make_encoder(seed=settings.seed)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=demo.LEARNING_RATE, weight_decay=demo.WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(STEPS))
+    estimator = MixtureStats(K=demo.N_DIGITS, enabled=True, revive_below=case.revive_below)
+    batches = demo.epochs_of_views(images, digits, settings, Rank(0, 1))
+    rows, revived = [], 0
+    steps = train(encoder, batches, loss=case.loss, optimizer=optimizer, schedule=schedule, estimator=estimator)
+    for taken in steps:
+        stats = estimator.stats
+        revived += int(stats["n_revived"])
+        if taken.step + 1 in STEPS:
+            rows.append(_row(case.name, taken.step + 1, stats, revived))
+    return rows
+
+
+def _row(name: str, step: int, stats: Mapping[str, Tensor], revived: int) -> str:
+    within = (stats["pi"] * stats["Sigma"].diagonal(dim1=-2, dim2=-1).sum(dim=-1)).sum()
+    share = stats["trace_B"] / (stats["trace_B"] + within)
+    figures = [f"{float(stats[key]):.2g}" for key in ("trace_B", "opnorm_B")]
+    pi = [f"{float(stats['pi'].min()):.3f}", f"{float(stats['pi'].max()):.3f}"]
+    directions = f"{float(stats['participation_ratio']):.1f}"
+    return "| " + " | ".join([name, str(step), *pi, *figures, f"{float(share):.2f}", directions, str(revived)]) + " |"
+
+
+def main() -> None:
+    """Prints the table."""
+    print("| " + " | ".join(("run", "step", *FIGURES)) + " |\n" + "|---" * (2 + len(FIGURES)) + "|")
+    for case in (
+        Case("healthy", NTXentLoss(demo.TEMPERATURE)),
+        Case("dimensional collapse", NTXentLoss(temperature=5.0)),
+        Case("complete collapse", alignment),
+        Case("dead components", broken_first_batch(), revive_below=0.0),
+        Case("the same, moved", broken_first_batch()),
+    ):
+        print("\n".join(read(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

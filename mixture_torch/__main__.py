@@ -1,0 +1,26 @@
+"""The command line: `mixture-diagnostics`, and `python -m mixture_torch`."""
+
+import sys
+
+EXTRAS = ("typer", "rich", "sklearn")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        arguments: What follows the program's name; None is what it was started with.
+    """
+    try:
+        from mixture_torch.app.cli import run
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRAS:
+            raise
+        print(f'Error: the command line needs {missing}: pip install "mixture-diagnostics[demo]"', file=sys.stderr)
+        return 1
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
