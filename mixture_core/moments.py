@@ -144,13 +144,13 @@ def batch_moments(x: Tensor, R: Tensor) -> Moments:
     usable, center, centered = center_rows(x)
     R = torch.where(usable, R.to(x.dtype), 0.0)
     weight = R.sum(dim=0)
-    offset = component_means(centered, R)
-    sums, scatter = component_scatter(centered, R, offset)
-    # What the mean lost to rounding: of thousands of rows on one side of the center, 2e-5 of their distance from it.
+    mean = torch.where(weight[:, None] > 0, center + component_means(centered, R), 0.0)
+    # About the means themselves: differences from them are exact, and what rounding took from them is in `sums`.
+    sums, scatter = component_scatter(torch.where(usable, x, 0.0), R, mean)
     lost = safe_divide(sums, weight[:, None])
     return Moments(
         weight=weight,
-        mean=torch.where(weight[:, None] > 0, center + (offset + lost), 0.0),
+        mean=mean + lost,
         covariance=safe_divide(scatter, weight[:, None, None]) - lost[:, :, None] * lost[:, None, :],
     )
 
