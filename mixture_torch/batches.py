@@ -31,7 +31,7 @@ def receive(
     """
     exchanges = config.cross_rank and in_process_group()
     try:
-        x = as_embeddings(local_rows(embeddings), D=D).to(torch.float32)
+        x = as_plain_embeddings(embeddings, D=D)
         labels = _receive_labels(labels, x, config.K) if config.uses_labels else None
     except (TypeError, ValueError):
         if exchanges:
@@ -40,8 +40,22 @@ def receive(
     return gather_rows(x, labels) if exchanges else (x, labels)
 
 
+def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
+    """Returns this rank's embeddings as (N, D) float32, without whatever a subclass of Tensor adds to them.
+
+    Args:
+        embeddings: (N, D) of any real type, tensor or NumPy array.
+        D: The width to insist on, if any.
+
+    Raises:
+        TypeError: No tensor or array, or no real numbers.
+        ValueError: The shape is not (N, D).
+    """
+    return as_embeddings(local_rows(embeddings), D=D).to(torch.float32).as_subclass(Tensor)
+
+
 def _receive_labels(value: Any, x: Tensor, K: int) -> Tensor:
-    labels = as_labels(local_rows(value), N=len(x), device=x.device)
+    labels = as_labels(local_rows(value), N=len(x), device=x.device).as_subclass(Tensor)
     ignored = torch.isin(labels, torch.tensor(IGNORED_LABELS, device=x.device))
     wrong = labels[~ignored & ((labels < 0) | (labels >= K))]
     if len(wrong):

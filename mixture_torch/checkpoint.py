@@ -46,24 +46,39 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any]) -> tup
     """Returns the state and the waiting rows that `to_state_dict` was given, as copies.
 
     Raises:
+        TypeError: It is no mapping.
         ValueError: Keys are missing or unknown, or the state is of another version, K, mode, assigner or shape.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
     wanted = to_state_dict(config, None, None)
     if set(state_dict) != set(wanted):
-        raise ValueError(
-            f"The state_dict must have the keys {', '.join(wanted)}, got {', '.join(map(str, state_dict))}."
-        )
+        keys = ", ".join(map(str, state_dict))
+        raise ValueError(f"The state_dict must have the keys {', '.join(wanted)}, got {keys}.")
     for key in ("version", "K", "mode", "assigner"):
-        if state_dict[key] != wanted[key]:
-            raise ValueError(f"The state_dict must have {key} {wanted[key]!r}, got {state_dict[key]!r}.")
+        if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
+            came = " ".join(repr(state_dict[key]).split())
+            raise ValueError(f"The state_dict must have {key} {wanted[key]!r}, got {came}.")
     K, D = config.K, state_dict["D"]
-    tensors = {}
-    for key, shape in {"weight": (K,), "mean": (K, D), "covariance": (K, D, D), "waiting": (..., D)}.items():
-        tensor = state_dict[key]
-        if not isinstance(tensor, Tensor) or len(tensor.shape) != len(shape) or tensor.shape[1:] != shape[1:]:
-            raise ValueError(f"The state_dict must have a tensor of shape {shape} as {key}, got {tensor!r}.")
-        tensors[key] = tensor.clone()
-    waiting = tensors.pop("waiting")
+    weight = _check(state_dict, "weight", K)
+    mean = _check(state_dict, "mean", K, D)
+    covariance = _check(state_dict, "covariance", K, D, D)
+    waiting = _check(state_dict, "waiting", None, D)
     if D == 0:
         return None, None
-    return MixtureState(config=config, moments=Moments(**tensors)), None if state_dict["started"] else waiting
+    moments = Moments(weight=weight, mean=mean, covariance=covariance)
+    return MixtureState(config=config, moments=moments), None if state_dict["started"] else waiting
+
+
+def _check(state_dict: Mapping[str, Any], key: str, *shape: int | None) -> Tensor:
+    """A copy of a tensor of the state_dict as float32; None in its shape is any length."""
+    tensor = state_dict[key]
+    if (
+        not isinstance(tensor, Tensor)
+        or not tensor.is_floating_point()
+        or len(tensor.shape) != len(shape)
+        or any(length not in (None, came) for length, came in zip(shape, tensor.shape, strict=True))
+    ):
+        came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(f"The state_dict must have a real tensor of shape {shape} as {key}, got {came}.")
+    return tensor.to(torch.float32, copy=True)

@@ -13,15 +13,15 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
 from mixture_core import MixtureState
-from mixture_core.inputs import as_embeddings, usable_rows
-from mixture_torch.batches import receive
+from mixture_core.inputs import usable_rows
+from mixture_torch.batches import as_plain_embeddings, receive
 from mixture_torch.checkpoint import from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.distributed import local_rows
 from mixture_torch.precision import exact, full_float32
 from mixture_torch.recorder import Recorder
 
 DEFAULTS = MixtureRuntimeConfig()
+CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -168,7 +168,7 @@ class MixtureStats:
             self._state, self._waiting, self._stats = state, waiting, exact(stats)
         if n_ignored and not self._warned:
             self._warned = True
-            warnings.warn(f"{_ignored(n_ignored, len(x))}; said once, `n_ignored` counts them.", stacklevel=2)
+            warnings.warn(f"{_ignored(n_ignored, len(x))}; said once, `n_ignored` counts them.", stacklevel=CALLER)
         return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
@@ -209,7 +209,7 @@ class MixtureStats:
         if self._state is None:
             raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
         with full_float32(embeddings):
-            x = as_embeddings(local_rows(embeddings)).to(torch.float32)
+            x = as_plain_embeddings(embeddings)
             return mixture_core.assign(_to_device(self._state, x.device), x, labels)
 
     def state_dict(self) -> dict[str, Tensor | int | str]:

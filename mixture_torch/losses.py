@@ -1,11 +1,14 @@
 """A contrastive loss that feeds the active estimator."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mixture_core.config import as_number
+from mixture_core.inputs import as_tensor
 from mixture_torch.context import active_estimator
 
 
@@ -29,9 +32,9 @@ class NTXentLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
-        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+        self.temperature = as_number(temperature)
+        if not (isinstance(self.temperature, float) and 0 < self.temperature < math.inf):
             raise ValueError(f"`temperature` must be a number greater than 0, got {temperature!r}.")
-        self.temperature = temperature
 
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns the loss, ().
@@ -51,7 +54,7 @@ class NTXentLoss(nn.Module):
         # A norm in half precision is off by 1e-3, and with it every similarity.
         z = functional.normalize(z if z.dtype == torch.float64 else z.to(torch.float32), dim=1)
         if (estimator := active_estimator()) is not None:
-            estimator.update(z.detach(), None if labels is None else torch.cat([labels, labels]))
+            estimator.update(z.detach(), _of_both_views(labels))
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         similarity = (z @ z.mT / self.temperature).masked_fill(itself, -torch.inf)
         positive = torch.arange(len(z), device=z.device).roll(len(z1))
@@ -60,3 +63,11 @@ class NTXentLoss(nn.Module):
     def extra_repr(self) -> str:
         """Returns what `print` shows of the loss."""
         return f"temperature={self.temperature}"
+
+
+def _of_both_views(labels: Any) -> Any:
+    """The labels once per view; what is no vector goes on as it is, for the estimator to refuse if it wants labels."""
+    if not hasattr(labels, "__array__") or labels.ndim != 1:
+        return labels
+    vector = as_tensor(labels, name="labels")
+    return torch.cat([vector, vector])

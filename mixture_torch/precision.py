@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import Moments, StepStats
+from mixture_core.pytrees import pytree
 
 MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # set at run time
 
@@ -36,6 +37,7 @@ def full_float32(beside: object) -> Iterator[None]:
                 matmul.fp32_precision = precision
 
 
+@pytree
 class ExactMoments(Moments):
     """Moments that are derived in full float32 whatever context they are read in; the others need no matrix product."""
 

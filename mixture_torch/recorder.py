@@ -40,16 +40,12 @@ class Recorder:
             raise TypeError(f"`log_dir` must be a path or None, got {log_dir!r}.")
         if log_dir is None and config.enabled and config.store_scores and is_main is not False:
             raise ValueError("`log_dir` must be given where `store_scores` is true, got None.")
+        self._config = config
         self._is_main = is_main
+        # Absolute: the working directory may change before the first write.
+        self._log_dir = None if log_dir is None else Path(log_dir).absolute()
         self._log: CsvWriter | None = None
         self._scores: Scores | None = None
-        if log_dir is not None:
-            self._log = CsvWriter(Path(log_dir))
-            if config.store_scores:
-                mode: type[Scores] = AppendScores if config.scores_mode == "append" else PerStepScores
-                self._scores = mode(Path(log_dir))
-        # Whoever never calls `close` finds all files complete all the same.
-        weakref.finalize(self, _close, self._writers(), os.getpid())
 
     def record(self, stats: Mapping[str, Tensor], *, step: int, epoch: int) -> None:
         """Appends one step.
@@ -67,8 +63,10 @@ class Recorder:
         step, epoch = _as_count("step", step), _as_count("epoch", epoch)
         if missing := [key for key in RECORDED if key not in stats]:
             raise ValueError(f"`stats` must be what `update` returned, got a mapping without {', '.join(missing)}.")
-        if self._log is None or not self._writes():
+        if self._log_dir is None or not self._writes():
             return
+        if self._log is None:
+            self._log = self._open(self._log_dir)
         self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
         if self._scores is not None:
             self._scores.append(step, epoch, stats["R"])
@@ -81,6 +79,15 @@ class Recorder:
     def close(self) -> None:
         """Makes all files complete and closes them; a later `record` opens them again."""
         _close(self._writers(), os.getpid())
+
+    def _open(self, log_dir: Path) -> CsvWriter:
+        """Makes the writers at the first row: a process that writes none leaves the folder to those that do."""
+        log = CsvWriter(log_dir)
+        if self._config.store_scores:
+            self._scores = AppendScores(log_dir) if self._config.scores_mode == "append" else PerStepScores(log_dir)
+        # Whoever never calls `close` finds all files complete all the same.
+        weakref.finalize(self, _close, [writer for writer in (log, self._scores) if writer is not None], os.getpid())
+        return log
 
     def _writers(self) -> list[CsvWriter | Scores]:
         return [writer for writer in (self._log, self._scores) if writer is not None]

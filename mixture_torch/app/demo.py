@@ -1,0 +1,220 @@
+"""The demo: SimCLR on the 1,797 handwritten digits that ship inside scikit-learn, with its mixture beside it."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mixture_core.config import as_integer, integer
+from mixture_torch.app.report import Report, summarise
+from mixture_torch.app.training import Batch, Place, TrainingStep, current_place, pick_device, synchronised, train
+from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.estimator import MixtureStats
+from mixture_torch.losses import NTXentLoss
+
+N_DIGITS = 10
+MIXTURE = MixtureRuntimeConfig(enabled=True, K=N_DIGITS)
+
+# With these the embeddings of ten seeds out of ten fall into their digits; stronger views blur them for k-means.
+ROTATION = 10.0  # degrees either way
+SHIFT = 0.3  # pixels either way, of 8
+NOISE = 0.1  # standard deviation; ink is 1
+ERASED = 2  # side of the erased square, in pixels
+ERASE_SHARE = 0.5  # of the views
+
+WIDTH = 16  # channels of the encoder's first layer
+EMBEDDING = 32  # D
+TEMPERATURE = 0.3
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-4
+
+
+@attrs.frozen(kw_only=True)
+class DemoConfig:
+    """What a user chooses of the training; what he chooses of the mixture is a `MixtureRuntimeConfig`.
+
+    Raises:
+        TypeError: A value is of the wrong type; the message names the option, what was expected and what came.
+        ValueError: A value is out of range; likewise.
+    """
+
+    # Passes over the images.
+    epochs: int = attrs.field(default=80, converter=as_integer, validator=integer(at_least=1))
+    # Images per step, over all ranks together.
+    batch_size: int = attrs.field(default=512, converter=as_integer, validator=integer(at_least=2))
+    # Of the weights, the order of the images and their views.
+    seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0))
+    # `auto`, or what torch calls a device.
+    device: str = attrs.field(default="auto", converter=str)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Job:
+    """A run that is ready to go: whoever goes through `steps` trains the encoder."""
+
+    encoder: nn.Module  # from images (N, 1, 8, 8) to embeddings (N, D), not yet normalised
+    estimator: MixtureStats
+    images: Tensor  # (1797, 1, 8, 8) in [0, 1]
+    digits: Tensor  # (1797,) int64
+    n_steps: int
+    steps: Iterator[TrainingStep]
+
+    def embeddings(self) -> Tensor:
+        """Returns the embeddings of all images as they are, (1797, D) of norm 1: no views, no batch statistics."""
+        self.encoder.eval()
+        with torch.no_grad():
+            return functional.normalize(self.encoder(self.images), dim=1)
+
+    def report(self) -> Report:
+        """Returns how the mixture of the last step divides the digits.
+
+        Raises:
+            ValueError: There has been no step.
+        """
+        R = self.estimator.assign(self.embeddings(), self.digits)
+        return summarise(self.estimator.stats, R, self.digits)
+
+
+def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
+    """Makes sure that `prepare` will succeed, before anything has been written.
+
+    Raises:
+        ValueError: The batch is too small for the ranks or larger than the data, K is too small for labels that are
+            digits, or the device is not to be had.
+    """
+    place, n_images = current_place(), len(load_digits().target)
+    if not 2 * place.world <= demo.batch_size <= n_images:
+        raise ValueError(
+            f"`batch_size` must be at least 2 for each of {place.world} processes and at most {n_images}, "
+            f"got {demo.batch_size}."
+        )
+    if mixture.enabled and mixture.uses_labels and mixture.K < N_DIGITS:
+        raise ValueError(f"`K` must be at least {N_DIGITS} where the labels are digits, got {mixture.K}.")
+    pick_device(demo.device)
+
+
+def prepare(demo: DemoConfig, mixture: MixtureRuntimeConfig, *, log_dir: Path | None = None) -> Job:
+    """Returns the whole run, with not a step taken.
+
+    Every random number comes from a generator of its own, so that a run is repeated by its configuration and is bit for
+    bit the same whether the estimator is on or off. On several ranks, each contrasts the views of its own share of the
+    batch with one another.
+
+    Args:
+        demo: What to train.
+        mixture: What to keep of it.
+        log_dir: The run folder; None writes nothing.
+    """
+    device, place = pick_device(demo.device), current_place()
+    images, digits = load_images(device)
+    encoder = make_encoder(seed=demo.seed).to(device)
+    model = synchronised(encoder)
+    n_steps = demo.epochs * (len(images) // _global_batch(demo, place))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    estimator = MixtureStats.from_config(mixture, log_dir=log_dir, is_main=place.rank == 0)
+    steps = train(
+        model,
+        epochs_of_views(images, digits, demo, place),
+        loss=NTXentLoss(TEMPERATURE),
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_steps),
+        estimator=estimator,
+    )
+    return Job(encoder=encoder, estimator=estimator, images=images, digits=digits, n_steps=n_steps, steps=steps)
+
+
+def load_images(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the images, (1797, 1, 8, 8) float32 with paper 0 and ink 1, and the digits they show, (1797,) int64."""
+    data = load_digits()
+    images = torch.as_tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
+    return images, torch.as_tensor(data.target, dtype=torch.int64, device=device)
+
+
+def make_encoder(*, seed: int) -> nn.Module:
+    """Returns three convolutions and SimCLR's projection head, on the CPU, with the global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *_convolution(1, WIDTH, stride=1),
+            *_convolution(WIDTH, 2 * WIDTH, stride=2),
+            *_convolution(2 * WIDTH, 4 * WIDTH, stride=2),
+            nn.Flatten(),
+            nn.Linear(16 * WIDTH, 4 * WIDTH),
+            nn.BatchNorm1d(4 * WIDTH),
+            nn.ReLU(),
+            nn.Linear(4 * WIDTH, EMBEDDING),
+        )
+
+
+def _convolution(channels_in: int, channels_out: int, *, stride: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
+
+
+def _global_batch(demo: DemoConfig, place: Place) -> int:
+    """Images per step over all ranks, all of which have the same number."""
+    return demo.batch_size // place.world * place.world
+
+
+def epochs_of_views(images: Tensor, digits: Tensor, demo: DemoConfig, place: Place) -> Iterator[Iterator[Batch]]:
+    """Yields this rank's batches of each epoch; in an epoch no image comes twice, on no two ranks either.
+
+    The images that do not fill a batch are left out, others in each epoch.
+
+    Args:
+        images: (N, 1, H, W).
+        digits: (N,).
+        demo: `epochs`, `batch_size` and `seed`.
+        place: Whose batches.
+    """
+    order = torch.Generator().manual_seed(demo.seed)  # the same on all ranks: each takes its share of one shuffle
+    chance = torch.Generator(images.device).manual_seed(demo.seed + 1 + place.rank)
+    size = _global_batch(demo, place)
+    n_batches = len(images) // size
+    for _ in range(demo.epochs):
+        shuffled = torch.randperm(len(images), generator=order)[: n_batches * size].to(images.device)
+        own = shuffled.view(n_batches, place.world, -1)[:, place.rank]
+        yield (
+            Batch(view(images[rows], generator=chance), view(images[rows], generator=chance), digits[rows])
+            for rows in own
+        )
+
+
+def view(images: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Returns one random view of each image, (N, 1, H, W): turned and shifted, noisy, some with a square erased.
+
+    Args:
+        images: (N, 1, H, W).
+        generator: The source of randomness, on the images' device.
+    """
+    moved = _turn_and_shift(images, generator)
+    noise = torch.randn(moved.shape, generator=generator, device=moved.device)
+    return _erase(moved + NOISE * noise, generator)
+
+
+def _turn_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    N, _, H, W = images.shape
+    turn, right, down = 2 * torch.rand((3, N), generator=generator, device=images.device) - 1
+    angle = math.radians(ROTATION) * turn
+    cos, sin = angle.cos(), angle.sin()
+    # affine_grid measures an image from -1 to 1, so that a pixel is 2 / W wide.
+    rows = [torch.stack([cos, -sin, 2 * SHIFT / W * right], 1), torch.stack([sin, cos, 2 * SHIFT / H * down], 1)]
+    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+def _erase(images: Tensor, generator: torch.Generator) -> Tensor:
+    N, _, H, W = images.shape
+    device = images.device
+    chosen = torch.rand((N, 1), generator=generator, device=device) < ERASE_SHARE
+    top = torch.randint(H - ERASED + 1, (N, 1), generator=generator, device=device)
+    left = torch.randint(W - ERASED + 1, (N, 1), generator=generator, device=device)
+    y, x = torch.arange(H, device=device), torch.arange(W, device=device)
+    in_rows = chosen & (top <= y) & (y < top + ERASED)  # (N, H)
+    in_columns = (left <= x) & (x < left + ERASED)  # (N, W)
+    return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)

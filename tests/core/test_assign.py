@@ -1,0 +1,172 @@
+"""Responsibilities from k-means and from labels."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixture_core import MixtureConfig, MixtureState, Moments, assign, init, lloyd, responsibilities_from_labels
+from mixture_core.testing import Mixture, embeddings, labels, mixtures, oracle_lloyd, oracle_nearest
+from tests.core.common import gaussians, unit_norm_mixtures
+from tests.tolerances import FLOAT32, FLOAT64, relative_error
+
+
+def index(R: Tensor) -> Tensor:
+    """Which component each row belongs to, -1 where to none."""
+    return torch.where(R.sum(dim=1) > 0, R.argmax(dim=1), -1)
+
+
+def state_at(means: Tensor) -> MixtureState:
+    K, D = means.shape
+    return MixtureState(
+        config=MixtureConfig(K=K),
+        moments=Moments(weight=means.new_ones(K), mean=means, covariance=means.new_zeros(K, D, D)),
+    )
+
+
+# Nearest centroids
+
+
+@given(mixtures())
+def test_assignments_of_random_mixtures_equal_the_oracle(mixture: Mixture) -> None:
+    x, _, means = mixture
+    assert torch.equal(index(assign(state_at(means), x)), oracle_nearest(x, means))
+
+
+@given(mixtures(offset=10_000.0))
+def test_assignments_moved_by_10000_equal_the_oracle(mixture: Mixture) -> None:
+    x, _, means = mixture
+    assert torch.equal(index(assign(state_at(means), x)), oracle_nearest(x, means))
+
+
+@given(unit_norm_mixtures(scale=1e-4))
+def test_assignments_of_unit_norm_rows_of_spread_1e_minus_4_equal_the_oracle(mixture: Mixture) -> None:
+    x, _, means = mixture
+    assert torch.equal(index(assign(state_at(means), x)), oracle_nearest(x, means))
+
+
+@pytest.mark.parametrize("offset", [0.0, 10_000.0])
+def test_assignments_of_a_wide_batch_equal_the_oracle(offset: float) -> None:
+    x, _, means = gaussians(1, N=600, D=256)
+    assert torch.equal(index(assign(state_at(means + offset), x + offset)), oracle_nearest(x + offset, means + offset))
+
+
+def test_assignments_of_a_collapsed_batch_beside_centroids_left_behind_equal_the_oracle() -> None:
+    collapsed = gaussians(2, N=64, D=8, K=4)
+    x, means = 1.0 + 1e-4 * collapsed.embeddings, 1.0 + 1e-4 * collapsed.means
+    means = torch.cat([means, torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 30])
+    assert torch.equal(index(assign(state_at(means), x)), oracle_nearest(x, means))
+
+
+@pytest.mark.parametrize("outlier", [1e4, 1e6, 1e8, 1e12])
+def test_assignments_beside_an_outlier_equal_the_oracle(outlier: float) -> None:
+    x, _, means = gaussians(0)
+    x[0] = outlier
+    expected = oracle_nearest(x, means)
+    assert torch.equal(index(assign(state_at(means), x))[1:], expected[1:])
+
+
+@given(embeddings(N=(1, 32), D=3, with_bad_rows=True), st.data())
+def test_rows_are_assigned_to_one_component_or_to_nobody(x: Tensor, data: st.DataObject) -> None:
+    centroids = data.draw(embeddings(N=(1, 5), D=3))
+    R, _ = lloyd(x, centroids, iterations=2)
+    usable = (x.abs() < 1e13).all(dim=1)
+    assert torch.equal(R.sum(dim=1), usable.float())
+    assert ((R == 0) | (R == 1)).all()
+
+
+def test_tie_between_centroids_goes_to_the_lowest_index() -> None:
+    R, _ = lloyd(torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[3.0], [1.0], [3.0], [1.0]]), iterations=1)
+    assert index(R).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("K", "D", "N"), [(2, 3, 64), (9, 16, 513), (17, 33, 64), (33, 16, 2), (33, 128, 513)])
+def test_tie_between_equal_centroids_goes_to_the_lowest_index(K: int, D: int, N: int) -> None:
+    generator = torch.Generator().manual_seed(K * D * N)
+    x, point = torch.randn(N, D, generator=generator), torch.randn(1, D, generator=generator)
+    R, _ = lloyd(x, point.expand(K, D).clone(), iterations=1)
+    assert (index(R) == 0).all()
+
+
+# Lloyd iterations
+
+
+@given(mixtures(K=(1, 5), D=4, separation=4.0, dtype=torch.float64), st.integers(1, 5), st.data())
+def test_lloyd_equals_the_oracle(mixture: Mixture, iterations: int, data: st.DataObject) -> None:
+    x = mixture.embeddings
+    start = x[data.draw(st.lists(st.integers(0, x.shape[0] - 1), min_size=1, max_size=6, unique=True))]
+    R, centroids = lloyd(x, start, iterations=iterations)
+    expected_R, expected = oracle_lloyd(x, start, iterations=iterations)
+    assert torch.equal(R, expected_R)
+    assert relative_error(centroids, expected) <= FLOAT64
+
+
+@given(mixtures(K=(2, 5), D=3, offset=1000.0), st.integers(1, 3))
+def test_lloyd_in_float32_equals_the_oracle(mixture: Mixture, iterations: int) -> None:
+    x, _, means = mixture
+    R, centroids = lloyd(x, means, iterations=iterations)
+    expected_R, expected = oracle_lloyd(x, means, iterations=iterations)
+    assert torch.equal(R, expected_R.float())
+    assert relative_error(centroids, expected) <= FLOAT32
+
+
+@given(embeddings(N=(1, 32), D=3), embeddings(N=(1, 5), D=3), st.integers(1, 3))
+def test_lloyd_never_raises_the_inertia(x: Tensor, start: Tensor, iterations: int) -> None:
+    inertias = [torch.cdist(x.double(), start.double()).amin(dim=1).square().sum()]
+    for more in range(iterations):
+        _, centroids = lloyd(x, start, iterations=more + 1)
+        inertias.append(torch.cdist(x.double(), centroids.double()).amin(dim=1).square().sum())
+    for before, after in pairwise(inertias):
+        assert after <= before * (1 + FLOAT32) + FLOAT32  # points that coincide have inertia 0, but for rounding
+
+
+def test_lloyd_leaves_a_centroid_without_rows_where_it_was() -> None:
+    far = torch.tensor([[1e6 / 3, -1e-6 / 3]])
+    _, centroids = lloyd(torch.randn(20, 2), torch.cat([torch.zeros(1, 2), far]), iterations=3)
+    assert torch.equal(centroids[1:], far)
+
+
+def test_lloyd_leaves_a_centroid_that_lost_its_rows_where_it_was_then() -> None:
+    # First 2 and 10.5 are the first centroid's, which moves to 6.25; then each is nearer to another centroid.
+    _, centroids = lloyd(torch.tensor([[12.0], [2.0], [10.5]]), torch.tensor([[3.0], [0.0], [19.0]]), iterations=2)
+    assert centroids.tolist() == [[6.25], [2.0], [11.25]]
+
+
+def test_lloyd_leaves_all_centroids_where_no_row_is_usable() -> None:
+    start = torch.randn(3, 2)
+    R, centroids = lloyd(torch.full((5, 2), float("nan")), start, iterations=3)
+    assert torch.equal(centroids, start)
+    assert not R.any()
+
+
+# Labels
+
+
+@given(st.data(), st.integers(1, 5))
+def test_labels_become_one_hot_rows_and_others_rows_of_zeros(data: st.DataObject, K: int) -> None:
+    given_labels = data.draw(labels(K=K + 1))
+    R = responsibilities_from_labels(given_labels, K)
+    assert R.dtype == torch.float32
+    assert R.tolist() == [[float(label == k) for k in range(K)] for label in given_labels.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_type_are_taken(dtype: torch.dtype) -> None:
+    assert responsibilities_from_labels(torch.tensor([1, 0, 7], dtype=dtype), 2).tolist() == [[0, 1], [1, 0], [0, 0]]
+
+
+def test_labels_are_the_assignment_where_the_config_says_so() -> None:
+    x = torch.tensor([[0.0], [1.0], [float("nan")], [2.0]])
+    for options in ({"assigner": "label_supervised"}, {"mode": "label_supervised"}):
+        state = init(MixtureConfig(K=2, **options), x)
+        R = assign(state, x, torch.tensor([1, 0, 0, -1]))
+        assert R.tolist() == [[0, 1], [1, 0], [0, 0], [0, 0]], options
+
+
+def test_labels_are_not_looked_at_by_k_means() -> None:
+    x, _, means = gaussians(0, N=20)
+    state = state_at(means)
+    assert torch.equal(assign(state, x, torch.randn(3)), assign(state, x))  # labels of any type and shape

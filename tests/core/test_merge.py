@@ -1,0 +1,128 @@
+"""The algebra of moments: merge and decay."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, decay, merge
+from mixture_core.testing import embeddings, oracle_merge, states
+from tests.core.common import assert_moments_close, assert_same_bits, soft, stack
+from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64
+
+SAME_SIZE = {"config": MixtureConfig(K=4), "D": 3}
+
+
+def nothing_like(moments: Moments) -> Moments:
+    return Moments(weight=0 * moments.weight, mean=moments.mean + 7.0, covariance=moments.covariance + 3.0)
+
+
+def occupied(moments: Moments) -> Moments:
+    """Without the mean and covariance of components of weight 0, of which merge keeps the first argument's."""
+    some = moments.weight > 0
+    return Moments(
+        weight=moments.weight,
+        mean=torch.where(some[:, None], moments.mean, 0.0),
+        covariance=torch.where(some[:, None, None], moments.covariance, 0.0),
+    )
+
+
+@given(states(**SAME_SIZE), states(**SAME_SIZE))
+def test_merge_equals_the_oracle(a: MixtureState, b: MixtureState) -> None:
+    assert_moments_close(merge(a.moments, b.moments), oracle_merge(a.moments, b.moments), FLOAT32)
+
+
+@given(states(**SAME_SIZE, dtype=torch.float64), states(**SAME_SIZE, dtype=torch.float64))
+def test_merge_in_float64_equals_the_oracle(a: MixtureState, b: MixtureState) -> None:
+    assert_moments_close(merge(a.moments, b.moments), oracle_merge(a.moments, b.moments), FLOAT64)
+
+
+@given(states(**SAME_SIZE, offset=1000.0), states(**SAME_SIZE, offset=1000.0))
+def test_merge_moved_by_1000_equals_the_oracle(a: MixtureState, b: MixtureState) -> None:
+    assert_moments_close(merge(a.moments, b.moments), oracle_merge(a.moments, b.moments), FAR_FROM_ZERO)
+
+
+@given(states(**SAME_SIZE), states(**SAME_SIZE))
+def test_merge_is_commutative(a: MixtureState, b: MixtureState) -> None:
+    forth, back = merge(a.moments, b.moments), merge(b.moments, a.moments)
+    assert_moments_close(occupied(forth), occupied(back), FLOAT32)
+
+
+@given(states(**SAME_SIZE), states(**SAME_SIZE), states(**SAME_SIZE))
+def test_merge_is_associative(a: MixtureState, b: MixtureState, c: MixtureState) -> None:
+    left = merge(merge(a.moments, b.moments), c.moments)
+    right = merge(a.moments, merge(b.moments, c.moments))
+    assert_moments_close(occupied(left), occupied(right), FLOAT32)
+
+
+@given(states(**SAME_SIZE))
+def test_merge_with_nothing_keeps_every_bit(state: MixtureState) -> None:
+    assert_same_bits(merge(state.moments, nothing_like(state.moments)), state.moments)
+
+
+@given(states(**SAME_SIZE, with_empty=False))
+def test_merge_of_nothing_with_something_is_that_to_the_bit(state: MixtureState) -> None:
+    assert_same_bits(merge(nothing_like(state.moments), state.moments), state.moments)
+
+
+@given(states(**SAME_SIZE))
+def test_merge_of_nothing_with_nothing_keeps_the_first(state: MixtureState) -> None:
+    nothing = nothing_like(state.moments)
+    assert_same_bits(merge(nothing, nothing_like(nothing)), nothing)
+
+
+@given(states(**SAME_SIZE))
+def test_merge_with_itself_doubles_the_weight_alone(state: MixtureState) -> None:
+    m = state.moments
+    doubled = Moments(weight=2 * m.weight, mean=m.mean, covariance=m.covariance)
+    assert_moments_close(merge(m, m), doubled, FLOAT32)
+
+
+@given(states(**SAME_SIZE), states(**SAME_SIZE), states(**SAME_SIZE), states(**SAME_SIZE))
+def test_merge_accepts_leading_batch_dimensions(
+    a: MixtureState, b: MixtureState, c: MixtureState, d: MixtureState
+) -> None:
+    stacked = merge(stack(a.moments, b.moments), stack(c.moments, d.moments))
+    assert_same_bits(stacked, stack(merge(a.moments, c.moments), merge(b.moments, d.moments)))
+
+
+@given(embeddings(D=4, with_bad_rows=True), st.data())
+def test_chunks_of_a_batch_merge_into_the_whole(x: Tensor, data: st.DataObject) -> None:
+    N = x.shape[0]
+    R = data.draw(soft(N=N, K=3))
+    first, second = sorted((data.draw(st.integers(0, N)), data.draw(st.integers(0, N))))
+    chunks = [batch_moments(x[rows], R[rows]) for rows in (slice(first), slice(first, second), slice(second, None))]
+    whole = batch_moments(x, R)
+    assert_moments_close(occupied(merge(merge(chunks[0], chunks[1]), chunks[2])), whole, FLOAT32)
+
+
+@pytest.mark.parametrize("count", [10, 500])
+def test_many_chunks_far_from_zero_merge_into_the_whole(count: int) -> None:
+    x = 1000 + torch.randn(count, 7, 6, generator=torch.Generator().manual_seed(0))
+    R = torch.rand(count, 7, 3, generator=torch.Generator().manual_seed(1))
+    merged = batch_moments(x[0], R[0])
+    for chunk in range(1, count):
+        merged = merge(merged, batch_moments(x[chunk], R[chunk]))
+    assert_moments_close(merged, batch_moments(x.flatten(0, 1), R.flatten(0, 1)), FAR_FROM_ZERO)
+
+
+@given(states(**SAME_SIZE), st.floats(0, 1))
+def test_decay_scales_the_weight_and_nothing_else(state: MixtureState, factor: float) -> None:
+    m = state.moments
+    scaled = decay(m, factor)
+    assert_same_bits(scaled, Moments(weight=m.weight * factor, mean=m.mean, covariance=m.covariance))
+
+
+@given(states(**SAME_SIZE), states(**SAME_SIZE), st.sampled_from([0.25, 0.5, 2.0]))
+def test_decay_distributes_over_merge(a: MixtureState, b: MixtureState, factor: float) -> None:
+    apart = merge(decay(a.moments, factor), decay(b.moments, factor))
+    assert_moments_close(decay(merge(a.moments, b.moments), factor), apart, FLOAT32)
+
+
+@given(embeddings(N=(1, 16), D=3), embeddings(N=(1, 16), D=3), st.data())
+def test_merge_after_decay_is_one_batch_with_lighter_old_rows(old: Tensor, new: Tensor, data: st.DataObject) -> None:
+    R_old, R_new = data.draw(soft(N=old.shape[0], K=3)), data.draw(soft(N=new.shape[0], K=3))
+    merged = merge(decay(batch_moments(old, R_old), 0.75), batch_moments(new, R_new))
+    whole = batch_moments(torch.cat([old, new]), torch.cat([0.75 * R_old, R_new]))
+    assert_moments_close(occupied(merged), whole, FLOAT32)

@@ -1,0 +1,206 @@
+"""The moments of a batch, and what is derived from them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixture_core import MixtureState, Moments, batch_moments, responsibilities_from_labels
+from mixture_core.testing import Mixture, embeddings, mixtures, oracle_batch_moments, oracle_derived, states
+from tests.core.common import (
+    DERIVED,
+    assert_moments_close,
+    assert_same_bits,
+    gaussians,
+    soft,
+    stack,
+    unit_norm_mixtures,
+)
+from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64, relative_error
+
+
+def one_hot(mixture: Mixture) -> Tensor:
+    return responsibilities_from_labels(mixture.labels, mixture.means.shape[0])
+
+
+def assert_derived_like_oracle(moments: Moments, expected: Moments, tolerance: float) -> None:
+    for name, value in oracle_derived(expected).items():
+        error = relative_error(getattr(moments, name), value)
+        assert error < tolerance, (name, error)
+
+
+# Against the oracle
+
+
+@given(mixtures(K=(2, 6)))
+def test_statistics_of_random_mixtures_equal_the_oracle(mixture: Mixture) -> None:
+    R = one_hot(mixture)
+    moments = batch_moments(mixture.embeddings, R)
+    assert_derived_like_oracle(moments, oracle_batch_moments(mixture.embeddings, R), FLOAT32)
+
+
+@given(mixtures(K=(2, 6)), st.data())
+def test_statistics_under_soft_responsibilities_equal_the_oracle(mixture: Mixture, data: st.DataObject) -> None:
+    x = mixture.embeddings
+    R = one_hot(mixture) + 0.2 * data.draw(soft(N=x.shape[0], K=mixture.means.shape[0]))
+    assert_derived_like_oracle(batch_moments(x, R), oracle_batch_moments(x, R), FLOAT32)
+
+
+@given(mixtures(K=(2, 6), offset=1000.0))
+def test_statistics_moved_by_1000_equal_the_oracle(mixture: Mixture) -> None:
+    R = one_hot(mixture)
+    moments = batch_moments(mixture.embeddings, R)
+    assert_derived_like_oracle(moments, oracle_batch_moments(mixture.embeddings, R), FAR_FROM_ZERO)
+
+
+@given(unit_norm_mixtures())
+def test_statistics_of_unit_norm_rows_of_small_spread_equal_the_oracle(mixture: Mixture) -> None:
+    R = one_hot(mixture)
+    moments = batch_moments(mixture.embeddings, R)
+    assert_derived_like_oracle(moments, oracle_batch_moments(mixture.embeddings, R), FAR_FROM_ZERO)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_of_a_wide_batch_equal_the_oracle(offset: float) -> None:
+    mixture = gaussians(0, N=400, D=96)
+    x, R = mixture.embeddings + offset, one_hot(mixture)
+    assert_derived_like_oracle(batch_moments(x, R), oracle_batch_moments(x, R), FAR_FROM_ZERO if offset else FLOAT32)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_covariances_of_tight_components_far_apart_equal_the_oracle(spread: float) -> None:
+    # Classes that have collapsed, each onto a point of its own, as they do late in supervised training.
+    mixture = gaussians(0, N=400, D=8, K=4, apart=1.0 / spread)
+    x, R = mixture.embeddings * spread, one_hot(mixture)
+    assert relative_error(batch_moments(x, R).Sigma, oracle_batch_moments(x, R).Sigma) < FLOAT32
+
+
+def moments_of_two_points() -> Moments:
+    """Of 2048 rows of 0.7 and as many of -0.7: float32 sums, one row after the other, are wrong in the fifth digit."""
+    x = torch.full((4096, 3), 0.7)
+    x[::2] *= -1
+    return batch_moments(x, responsibilities_from_labels(torch.arange(4096) % 2, 2))
+
+
+def test_means_of_a_large_batch_do_not_drift() -> None:
+    moments = moments_of_two_points()
+    assert relative_error(moments.mu, torch.tensor([[-0.7] * 3, [0.7] * 3])) < FLOAT32
+    assert relative_error(moments.B, torch.full((3, 3), 0.49)) < FLOAT32
+
+
+def test_covariances_of_a_large_batch_are_free_of_the_rounding_of_means() -> None:
+    assert moments_of_two_points().Sigma.abs().max() < (0.1 * FLOAT32) ** 2
+
+
+@given(embeddings(dtype=torch.float64, with_bad_rows=True), st.data())
+def test_batch_moments_in_float64_equal_the_oracle(x: Tensor, data: st.DataObject) -> None:
+    R = data.draw(soft(N=x.shape[0], K=3)).double()
+    assert_moments_close(batch_moments(x, R), oracle_batch_moments(x, R), FLOAT64)
+
+
+def test_statistics_of_two_points_equal_those_by_hand() -> None:
+    moments = batch_moments(torch.tensor([[0.0, 2.0], [4.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    assert moments.pi.tolist() == [0.25, 0.75]
+    assert moments.mu.tolist() == [[0.0, 2.0], [4.0, 2.0]]
+    assert moments.Sigma.tolist() == [[[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    assert moments.B.tolist() == [[3.0, 0.0], [0.0, 0.0]]  # 1/4 (0 - 3)^2 + 3/4 (4 - 3)^2
+    assert (float(moments.trace_B), float(moments.opnorm_B), float(moments.participation_ratio)) == (3.0, 3.0, 1.0)
+
+
+# Properties of a batch's moments
+
+
+@given(embeddings(N=(1, 32), with_bad_rows=True), st.data())
+def test_batch_moments_with_bad_rows_are_those_without_them(x: Tensor, data: st.DataObject) -> None:
+    R = data.draw(soft(N=x.shape[0], K=3))
+    usable = (x.abs() < 1e13).all(dim=1)
+    assert_moments_close(batch_moments(x, R), batch_moments(x[usable], R[usable]), FLOAT32)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
+def test_scale_of_responsibilities_changes_the_weight_alone(factor: float) -> None:
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    R = torch.rand(50, 2, generator=torch.Generator().manual_seed(1))
+    plain, scaled = batch_moments(x, R), batch_moments(x, R * factor)
+    expected = Moments(weight=plain.weight * factor, mean=plain.mean, covariance=plain.covariance)
+    assert_moments_close(scaled, expected, FLOAT32)
+
+
+@given(embeddings(N=(1, 32), D=3), st.data())
+def test_total_is_within_plus_between(x: Tensor, data: st.DataObject) -> None:
+    R = data.draw(soft(N=x.shape[0], K=4)) + 0.01
+    moments, whole = batch_moments(x, R), batch_moments(x, R.sum(dim=1, keepdim=True))
+    within = (moments.pi[:, None, None] * moments.Sigma).sum(dim=0)
+    # A single point has total 0, to be met within the rounding of rows of size 1: hence the 1.
+    assert (within + moments.B - whole.Sigma[0]).abs().max() <= FLOAT32 * (1 + whole.Sigma.abs().max())
+
+
+@given(embeddings(N=(1, 32)), st.data())
+def test_weights_sum_to_one(x: Tensor, data: st.DataObject) -> None:
+    R = data.draw(soft(N=x.shape[0], K=5)) + torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+    assert relative_error(batch_moments(x, R).pi.sum(), torch.tensor(1.0)) <= FLOAT32
+
+
+@given(embeddings(N=(1, 32)), st.data())
+def test_covariances_are_positive_semidefinite(x: Tensor, data: st.DataObject) -> None:
+    moments = batch_moments(x, data.draw(soft(N=x.shape[0], K=3)))
+    for matrix in (*moments.Sigma, moments.B):
+        assert (matrix - matrix.mT).abs().max() <= FLOAT32 * matrix.abs().max()
+        assert torch.linalg.eigvalsh(matrix.double()).min() >= -FLOAT32 * matrix.trace()
+
+
+# Derived quantities
+
+
+@given(states())
+def test_derived_quantities_of_a_state_equal_the_oracle(state: MixtureState) -> None:
+    assert_derived_like_oracle(state.moments, state.moments, FLOAT32)
+
+
+@given(states(K=(2, 6), scale=0.01, offset=1000.0, with_empty=False))
+def test_between_component_quantities_of_means_far_from_zero_equal_the_oracle(state: MixtureState) -> None:
+    # The means are what they are: here nothing is lost yet, and nothing may be on the way to B.
+    expected = oracle_derived(state.moments)
+    for name in ("B", "trace_B", "opnorm_B"):
+        assert relative_error(getattr(state.moments, name), expected[name]) < FLOAT32, name
+
+
+@given(states(K=4, D=3), states(K=4, D=3))
+def test_derived_quantities_accept_leading_batch_dimensions(first: MixtureState, second: MixtureState) -> None:
+    moments = first.moments, second.moments
+    stacked = stack(stack(*moments), stack(*moments))
+    for name in DERIVED:
+        expected = torch.stack([getattr(m, name) for m in moments])
+        assert relative_error(getattr(stacked, name), torch.stack([expected, expected])) <= FLOAT32, name
+
+
+@pytest.mark.parametrize(("K", "D"), [(3, 5), (5, 3), (1, 4), (4, 1)])
+def test_derived_quantities_without_weight_are_zero(K: int, D: int) -> None:
+    moments = Moments(weight=torch.zeros(K), mean=torch.randn(K, D), covariance=torch.zeros(K, D, D))
+    assert not any(getattr(moments, name).any() for name in ("pi", "B", "trace_B", "opnorm_B", "participation_ratio"))
+
+
+def test_participation_ratio_counts_equal_directions() -> None:
+    for d in (1, 3, 7):
+        covariance = torch.zeros(1, 7, 7)
+        covariance[0, range(d), range(d)] = 0.3
+        moments = Moments(weight=torch.ones(1), mean=torch.ones(1, 7), covariance=covariance)
+        assert relative_error(moments.participation_ratio, torch.tensor(float(d))) <= FLOAT32
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-5, 1e-3, 1e-1])
+@pytest.mark.parametrize("D", [2, 8, 300])
+def test_opnorm_of_nearly_equal_eigenvalues_equals_the_oracle(gap: float, D: int) -> None:
+    # Four means on two axes: B has two eigenvalues, 1/2 and (1 - gap)^2 / 2.
+    mean = torch.zeros(4, D)
+    mean[0, 0], mean[1, 0], mean[2, 1], mean[3, 1] = 1.0, -1.0, 1.0 - gap, gap - 1.0
+    moments = Moments(weight=torch.ones(4), mean=mean, covariance=torch.zeros(4, D, D))
+    assert relative_error(moments.opnorm_B, oracle_derived(moments)["opnorm_B"]) <= FLOAT32
+
+
+def test_bits_of_moments_are_repeatable() -> None:
+    mixture = gaussians(3)
+    assert_same_bits(
+        batch_moments(mixture.embeddings, one_hot(mixture)), batch_moments(mixture.embeddings, one_hot(mixture))
+    )

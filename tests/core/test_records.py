@@ -1,0 +1,183 @@
+"""The records: immutable, trees of tensors, and a mapping of statistics."""
+
+import copy
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+
+from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init, step
+from mixture_core.stats import KEYS
+from tests.core.common import gaussians
+
+NAMES = ["pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "n_revived"]
+
+
+@pytest.fixture(name="records")
+def make_records() -> tuple[MixtureState, StepStats]:
+    x = gaussians(0, N=40, D=3, K=4).embeddings
+    return step(init(MixtureConfig(K=4), x), x)
+
+
+@pytest.fixture(name="stats")
+def make_stats(records: tuple[MixtureState, StepStats]) -> StepStats:
+    return records[1]
+
+
+def assert_same_records(actual: Any, expected: Any) -> None:
+    assert type(actual) is type(expected)
+    assert tree_flatten(actual)[1] == tree_flatten(expected)[1]
+    for found, wanted in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda record: pickle.loads(pickle.dumps(record))])
+def test_records_survive_copies_and_pickles(records: Any, duplicate: Any) -> None:
+    for record in records:
+        assert_same_records(duplicate(record), record)
+
+
+def test_deep_copies_share_no_memory(records: Any) -> None:
+    state, _ = records
+    other = copy.deepcopy(state)
+    other.moments.mean.zero_()
+    assert state.moments.mean.any()
+
+
+def test_records_evolve(records: Any) -> None:
+    state, stats = records
+    config = MixtureConfig(K=4, ema_decay=0.5)
+    evolved = attrs.evolve(state, config=config)
+    assert evolved.config is config
+    assert evolved.moments is state.moments
+    assert attrs.evolve(stats, R=stats.R * 2).R.max() == 2
+    assert not attrs.evolve(state.moments, weight=torch.zeros(4)).pi.any()
+
+
+@pytest.mark.parametrize("name", ["config", "moments", "new_attribute"])
+def test_state_is_immutable(records: Any, name: str) -> None:
+    with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
+        setattr(records[0], name, None)
+
+
+@pytest.mark.parametrize("name", ["moments", "R", "B", "new_attribute"])
+def test_stats_are_immutable(stats: StepStats, name: str) -> None:
+    with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
+        setattr(stats, name, None)
+
+
+def test_moments_are_immutable(records: Any) -> None:
+    with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
+        records[0].moments.weight = torch.zeros(4)
+    with pytest.raises((attrs.exceptions.FrozenInstanceError, AttributeError)):
+        del records[0].moments.weight
+
+
+@pytest.mark.parametrize("values", [{}, {"weight": 1}, {"weight": 1, "mean": 2, "covariance": 3, "other": 4}])
+def test_moments_say_which_fields_they_take(values: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="`Moments` takes exactly weight, mean, covariance by keyword, got"):
+        Moments(**values)
+
+
+def test_records_take_no_positional_arguments() -> None:
+    with pytest.raises(TypeError):
+        Moments(torch.zeros(1), torch.zeros(1, 1), torch.zeros(1, 1, 1))
+
+
+# Trees
+
+
+def test_records_round_trip_through_trees(records: Any) -> None:
+    for record in records:
+        leaves, structure = tree_flatten(record)
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        assert_same_records(tree_unflatten(leaves, structure), record)
+
+
+def test_config_belongs_to_the_structure_of_a_state(records: Any) -> None:
+    state, _ = records
+    same = MixtureState(config=MixtureConfig(K=4), moments=state.moments)
+    other = MixtureState(config=MixtureConfig(K=4, ema_decay=0.5), moments=state.moments)
+    assert tree_flatten(state)[1] == tree_flatten(same)[1]
+    assert tree_flatten(state)[1] != tree_flatten(other)[1]
+
+
+def test_leaves_have_names(records: Any) -> None:
+    paths = [torch.utils._pytree.keystr(path) for path, _ in tree_flatten_with_path(records[0])[0]]
+    assert paths == [".moments.weight", ".moments.mean", ".moments.covariance"]
+
+
+def test_states_move_between_types_as_trees(records: Any) -> None:
+    state, _ = records
+    wide = tree_map(lambda leaf: leaf.double(), state)
+    assert wide.config is state.config
+    assert wide.moments.covariance.dtype == torch.float64
+
+
+def test_stats_are_no_leaf_and_no_dictionary_to_trees(stats: StepStats) -> None:
+    assert len(tree_leaves(stats)) == 6  # weight, mean, covariance, R, n_ignored, n_revived
+
+
+# The mapping
+
+
+def test_stats_are_a_mapping_of_all_statistics(stats: StepStats) -> None:
+    assert isinstance(stats, Mapping)
+    assert list(stats) == list(KEYS) == NAMES
+    assert len(stats) == len(NAMES)
+    assert bool(stats)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stats_by_key_are_those_by_attribute(stats: StepStats, name: str) -> None:
+    assert name in stats
+    assert torch.equal(stats[name], getattr(stats, name))
+    assert torch.equal(dict(stats)[name], stats[name])
+    assert torch.equal({**stats}[name], stats[name])
+    assert torch.equal(stats.get(name), stats[name])
+
+
+@pytest.mark.parametrize("name", ["moments", "weight", "b", "", "KEYS", "get"])
+def test_stats_have_no_other_keys(stats: StepStats, name: str) -> None:
+    assert name not in stats
+    assert stats.get(name) is None
+    with pytest.raises(KeyError) as raised:
+        stats[name]
+    assert raised.value.args == (f"{name!r} is not a statistic; there are {', '.join(NAMES)}.",)
+
+
+@pytest.mark.parametrize("key", [0, None, ("B",)])
+def test_stats_refuse_keys_that_are_no_text(stats: StepStats, key: Any) -> None:
+    assert key not in stats
+    with pytest.raises(KeyError):
+        stats[key]
+
+
+def test_stats_have_the_shapes_and_types_of_the_document(stats: StepStats) -> None:
+    shapes = {name: tuple(value.shape) for name, value in stats.items()}
+    assert shapes == {
+        "pi": (4,),
+        "mu": (4, 3),
+        "Sigma": (4, 3, 3),
+        "B": (3, 3),
+        "R": (40, 4),
+        "trace_B": (),
+        "opnorm_B": (),
+        "participation_ratio": (),
+        "n_ignored": (),
+        "n_revived": (),
+    }
+    integers = {name for name, value in stats.items() if value.dtype == torch.int64}
+    assert integers == {"n_ignored", "n_revived"}
+    assert all(value.dtype == torch.float32 for name, value in stats.items() if name not in integers)
+
+
+def test_stats_are_compared_and_hashed_by_identity(stats: StepStats) -> None:
+    other = copy.copy(stats)
+    assert stats == stats
+    assert stats != other
+    assert len({stats, other, stats}) == 2

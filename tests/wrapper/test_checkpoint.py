@@ -1,0 +1,192 @@
+"""An estimator that goes on from a state_dict goes on as if nothing had been."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_torch import MixtureStats
+from tests.wrapper.samples import all_bits, bits, estimator, mixture, unchanged
+
+KINDS = {
+    "kmeans": {},
+    "per batch": {"mode": "per_batch"},
+    "labels": {"assigner": "label_supervised"},
+    "labels alone": {"mode": "label_supervised"},
+    "waiting": {"K": 30},
+}
+kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+
+
+def run(wrapper: MixtureStats, steps: range) -> MixtureStats:
+    for step in steps:
+        wrapper.update(*mixture(40, seed=step))
+    return wrapper
+
+
+@kinds
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_state_dict_goes_on_where_it_was(options: dict[str, Any], updates: int, tmp_path: Path) -> None:
+    wrapper = run(estimator(**options), range(updates))
+    torch.save(wrapper.state_dict(), tmp_path / "state.pt")
+    loaded = estimator(**options)
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt"))  # with torch's safe defaults
+    assert all_bits(run(loaded, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
+
+
+@kinds
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_state_dict_of_a_loaded_estimator_is_the_same(options: dict[str, Any], updates: int) -> None:
+    state_dict = run(estimator(**options), range(updates)).state_dict()
+    loaded = estimator(**options)
+    loaded.load_state_dict(state_dict)
+    assert bits(loaded.state_dict()) == bits(state_dict)
+
+
+def test_state_dict_has_the_same_keys_always() -> None:
+    dicts = [run(estimator(**options), range(n)).state_dict() for options in KINDS.values() for n in (0, 1, 3)]
+    assert {tuple(state_dict) for state_dict in dicts} == {tuple(dicts[0])}
+
+
+def test_state_dict_holds_plain_values_only() -> None:
+    values = run(estimator(), range(2)).state_dict().values()
+    assert {type(value) for value in values} <= {Tensor, int, str}
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize("change", [torch.set_default_dtype, torch.set_default_device], ids=["dtype", "device"])
+def test_state_dict_does_not_depend_on_defaults(updates: int, change: Callable[[Any], None]) -> None:
+    wrapper = run(estimator(), range(updates))
+    before = bits(wrapper.state_dict())
+    change(torch.float64 if change is torch.set_default_dtype else "meta")
+    try:
+        state_dict = wrapper.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert bits(state_dict) == before
+
+
+@kinds
+def test_state_dict_keeps_its_values_under_later_updates(options: dict[str, Any]) -> None:
+    wrapper = run(estimator(**options), range(2))
+    state_dict = wrapper.state_dict()
+    before = bits(state_dict)
+    run(wrapper, range(2, 6))
+    assert bits(wrapper.state_dict()) != before
+    assert bits(state_dict) == before
+
+
+@kinds
+def test_state_dict_is_a_copy(options: dict[str, Any]) -> None:
+    wrapper = run(estimator(**options), range(2))
+    with unchanged(wrapper):
+        for value in wrapper.state_dict().values():
+            if isinstance(value, Tensor):
+                value.fill_(7)
+
+
+@kinds
+def test_load_state_dict_takes_a_copy(options: dict[str, Any]) -> None:
+    state_dict, loaded = run(estimator(**options), range(2)).state_dict(), estimator(**options)
+    loaded.load_state_dict(state_dict)
+    with unchanged(loaded):
+        for value in state_dict.values():
+            if isinstance(value, Tensor):
+                value.fill_(7)
+
+
+def test_load_state_dict_replaces_what_was() -> None:
+    wrapper, other = run(estimator(), range(2)), run(estimator(), range(5, 8))
+    other.load_state_dict(wrapper.state_dict())
+    assert all_bits(run(other, range(2, 4))) == all_bits(run(wrapper, range(2, 4)))
+
+
+def test_load_state_dict_of_another_width_replaces_what_was() -> None:
+    wrapper, other = estimator(), run(estimator(), range(2))
+    wrapper.update(mixture(D=6)[0])
+    other.load_state_dict(wrapper.state_dict())
+    assert other.update(mixture(D=6)[0])["mu"].shape == (3, 6)
+
+
+def test_load_state_dict_from_before_the_first_update_forgets_all() -> None:
+    wrapper = run(estimator(), range(2))
+    wrapper.load_state_dict(estimator().state_dict())
+    assert wrapper.state is None
+    assert all_bits(run(wrapper, range(3))) == all_bits(run(estimator(), range(3)))
+
+
+def test_load_state_dict_leaves_no_stats_of_before() -> None:
+    wrapper = run(estimator(), range(2))
+    wrapper.load_state_dict(wrapper.state_dict())
+    assert not wrapper.stats
+
+
+def test_load_state_dict_lets_options_of_the_run_differ() -> None:
+    wrapper, loaded = run(estimator(), range(2)), estimator(ema_decay=0.5, max_assign_iters=1, seed=4, strict=True)
+    loaded.load_state_dict(wrapper.state_dict())
+    assert bits(loaded.state_dict()) == bits(wrapper.state_dict())
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.enable_grad, torch.no_grad])
+def test_load_state_dict_works_wherever_it_is_called(around: Callable[[], Any]) -> None:
+    wrapper, loaded = run(estimator(K=30), range(2)), estimator(K=30)
+    with around():
+        loaded.load_state_dict(wrapper.state_dict())
+    assert all_bits(run(loaded, range(2, 6))) == all_bits(run(wrapper, range(2, 6)))
+
+
+def test_state_stays_float32_whatever_is_loaded() -> None:
+    wrapper = run(estimator(), range(2))
+    doubled = {key: v.double() if isinstance(v, Tensor) else v for key, v in wrapper.state_dict().items()}
+    wrapper.load_state_dict(doubled)
+    stats = wrapper.update(mixture(seed=2)[0])
+    assert {value.dtype for key, value in stats.items() if not key.startswith("n_")} == {torch.float32}
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "version": (lambda d: d | {"version": 99}, "version 1, got 99"),
+    "K": (lambda d: d | {"K": 5}, "K 3, got 5"),
+    "mode": (lambda d: d | {"mode": "per_batch"}, "mode 'ema', got 'per_batch'"),
+    "assigner": (lambda d: d | {"assigner": "label_supervised"}, "'kmeans_online', got 'label_supervised'"),
+    "missing key": (lambda d: {k: v for k, v in d.items() if k != "mean"}, "the keys"),
+    "more keys": (lambda d: d | {"loss": 1}, "got version, .*loss"),
+    "empty": (lambda d: {}, "the keys"),
+    "weight too long": (lambda d: d | {"weight": torch.ones(5)}, "weight"),
+    "weight a list": (lambda d: d | {"weight": [1.0, 2.0, 3.0]}, "weight"),
+    "mean too wide": (lambda d: d | {"mean": torch.ones(3, 5)}, "mean"),
+    "mean too long": (lambda d: d | {"mean": torch.ones(5, 4)}, "mean"),
+    "covariance flat": (lambda d: d | {"covariance": torch.ones(3, 4)}, "covariance"),
+    "covariance too long": (lambda d: d | {"covariance": torch.ones(5, 4, 4)}, "covariance"),
+    "covariance not square": (lambda d: d | {"covariance": torch.ones(3, 4, 5)}, "covariance"),
+    "waiting too wide": (lambda d: d | {"waiting": torch.ones(2, 5)}, "waiting"),
+    "another D": (lambda d: d | {"D": 5}, "mean|covariance"),
+    "D a text": (lambda d: d | {"D": "4"}, "D|mean|covariance"),
+    "K a tensor": (lambda d: d | {"K": torch.tensor([3, 4])}, "K 3, got tensor"),
+    "complex": (lambda d: d | {"mean": torch.ones(3, 4) * 1j}, "mean"),
+    "None": (lambda d: None, "got None"),
+    "list": (lambda d: list(d), "got "),
+}
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG.values(), ids=WRONG.keys())
+def test_load_state_dict_says_what_is_wrong(change: Callable[[dict[str, Any]], Any], text: str) -> None:
+    wrapper, state_dict = run(estimator(), range(2)), run(estimator(), range(3)).state_dict()
+    with pytest.raises((TypeError, ValueError), match=text) as error:
+        wrapper.load_state_dict(change(dict(state_dict)))
+    assert "state_dict" in str(error.value)
+    assert "must" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [change for change, _ in WRONG.values()], ids=WRONG.keys())
+def test_refused_state_dict_leaves_the_estimator_unchanged(change: Callable[[dict[str, Any]], Any]) -> None:
+    wrapper, state_dict = run(estimator(), range(2)), run(estimator(), range(3)).state_dict()
+    expected = copy.copy(all_bits(wrapper))
+    with pytest.raises(Exception):  # noqa: B017, PT011  # which one is said above
+        wrapper.load_state_dict(change(dict(state_dict)))
+    assert all_bits(wrapper) == expected

@@ -1,0 +1,246 @@
+"""What the wrapper computes: the core's numbers, over many steps."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import mixture_core
+from mixture_core import MixtureConfig
+from mixture_core.testing import oracle_derived, oracle_step
+from mixture_torch import MixtureStats
+from tests.wrapper.samples import assert_close, bits, estimator, mixture, one_hot, oracle
+
+KINDS = [
+    {"assigner": "kmeans_online", "mode": "ema"},
+    {"assigner": "kmeans_online", "mode": "per_batch"},
+    {"assigner": "label_supervised", "mode": "ema"},
+    {"assigner": "label_supervised", "mode": "per_batch"},
+    {"assigner": "kmeans_online", "mode": "label_supervised"},
+]
+SIZES = [60, 7, 128, 1, 31]  # of successive batches
+
+
+def batches(*, apart: float = 3.0) -> list[tuple[Tensor, Tensor]]:
+    return [mixture(N, apart=apart, seed=step) for step, N in enumerate(SIZES)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind.values()))
+def test_update_is_the_step_of_the_core(kind: dict[str, Any]) -> None:
+    wrapper, first = estimator(**kind), batches()[0][0]
+    state = mixture_core.init(MixtureConfig(K=3, **kind), first, generator=torch.Generator().manual_seed(0))
+    for x, labels in batches():
+        state, stats = mixture_core.step(state, x, labels)
+        assert bits(wrapper.update(x, labels)) == bits(stats)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind.values()))
+def test_update_is_the_step_of_the_float64_oracle(kind: dict[str, Any]) -> None:
+    wrapper, first = estimator(**kind), batches(apart=20)[0][0]
+    state = mixture_core.init(MixtureConfig(K=3, **kind), first, generator=torch.Generator().manual_seed(0))
+    for x, labels in batches(apart=20):
+        state, stats = oracle_step(state, x, labels)
+        assert_close(wrapper.update(x, labels), oracle_derived(stats.moments), unit=20)
+
+
+@pytest.mark.parametrize("options", [{"max_assign_iters": 5}, {"revive_below": 0.5}, {"ema_decay": 0.3}, {"seed": 9}])
+def test_update_hands_every_option_to_the_core(options: dict[str, Any]) -> None:
+    wrapper, first = estimator(K=12, **options), batches()[0][0]
+    generator = torch.Generator().manual_seed(options.pop("seed", 0))
+    state = mixture_core.init(MixtureConfig(K=12, **options), first, generator=generator)
+    for x, _ in batches():
+        state, stats = mixture_core.step(state, x)
+        assert bits(wrapper.update(x)) == bits(stats)
+
+
+def test_update_looks_at_no_labels_where_nothing_comes_from_them() -> None:
+    x, _ = mixture()
+    assert bits(estimator().update(x, torch.tensor([0.5]))) == bits(estimator().update(x))
+
+
+def test_update_returns_the_last_stats() -> None:
+    wrapper = estimator()
+    assert wrapper.update(mixture()[0]) is wrapper.stats
+
+
+def test_stats_are_read_by_key_attribute_and_dict() -> None:
+    stats = estimator().update(mixture()[0])
+    assert torch.equal(stats["B"], stats.B)  # type: ignore[attr-defined]
+    assert torch.equal(dict(stats)["B"], stats["B"])
+    assert "R" in stats
+
+
+def test_stats_are_copied_and_pickled() -> None:
+    stats = estimator().update(mixture()[0])
+    assert bits(copy.deepcopy(stats)) == bits(pickle.loads(pickle.dumps(stats))) == bits(stats)
+
+
+def test_stats_are_a_tree_of_tensors_as_those_of_the_core_are() -> None:
+    stats = estimator().update(mixture()[0])
+    doubled = tree_map(Tensor.double, stats)
+    assert_close(doubled, stats)
+    assert doubled["B"].dtype == torch.float64
+
+
+def test_assign_is_that_of_the_core() -> None:
+    wrapper = estimator()
+    wrapper.update(mixture()[0])
+    x, _ = mixture(40, seed=1)
+    assert torch.equal(wrapper.assign(x), mixture_core.assign(wrapper.state, x))
+
+
+def test_assign_changes_nothing() -> None:
+    wrapper = estimator()
+    stats = bits(wrapper.update(mixture()[0]))
+    state = bits(wrapper.state_dict())
+    wrapper.assign(mixture(40, seed=1)[0])
+    assert (bits(wrapper.state_dict()), bits(wrapper.stats)) == (state, stats)
+
+
+def test_ema_is_an_exponential_window_over_samples() -> None:
+    wrapper = estimator(assigner="label_supervised", ema_decay=0.8)
+    history = []
+    for x, labels in batches():
+        history.append((x, one_hot(labels)))
+        assert_close(wrapper.update(x, labels), oracle(history, decay=0.8))
+
+
+def test_kmeans_ema_is_an_exponential_window_over_samples() -> None:
+    wrapper = estimator(ema_decay=0.8)
+    history = []
+    for x, _ in batches():
+        stats = wrapper.update(x)
+        history.append((x, stats["R"]))
+        assert_close(stats, oracle(history, decay=0.8))
+
+
+@pytest.mark.parametrize("mode", ["per_batch", "label_supervised"])
+def test_other_modes_forget_earlier_batches(mode: str) -> None:
+    wrapper = estimator(assigner="label_supervised", mode=mode)
+    for x, labels in batches():
+        stats = wrapper.update(x, labels)
+    assert_close(stats, oracle([(x, one_hot(labels))]))
+
+
+def test_class_of_every_tenth_step_keeps_its_mean_and_covariance() -> None:
+    wrapper, generator = estimator(assigner="label_supervised"), torch.Generator().manual_seed(0)
+    history = []
+    for step in range(200):
+        labels = torch.randint(3 if step % 10 == 0 else 2, (32,), generator=generator)
+        x = 5.0 * labels[:, None] + torch.randn(32, 4, generator=generator)
+        history.append((x, one_hot(labels)))
+        stats = wrapper.update(x, labels)
+    assert_close(stats, oracle(history, decay=0.95))
+    assert (stats["mu"][2] - 10).abs().max() < 0.5
+
+
+def test_class_absent_for_4000_steps_keeps_its_mean_and_covariance() -> None:
+    wrapper, (x, labels) = estimator(assigner="label_supervised"), mixture()
+    stats = wrapper.update(x, labels)
+    mu, Sigma = stats["mu"][2].clone(), stats["Sigma"][2].clone()
+    others = labels < 2
+    for _ in range(4000):
+        stats = wrapper.update(x[others], labels[others])
+    assert_close({"mu": stats["mu"][2], "Sigma": stats["Sigma"][2]}, {"mu": mu, "Sigma": Sigma})
+
+
+def test_class_back_after_4000_steps_counts_from_its_new_rows() -> None:
+    wrapper, (x, labels) = estimator(assigner="label_supervised"), mixture()
+    wrapper.update(x, labels)
+    for _ in range(4000):
+        wrapper.update(x[labels < 2], labels[labels < 2])
+    stats = wrapper.update(x + 100, labels)
+    assert_close({"mu": stats["mu"][2]}, {"mu": (x + 100)[labels == 2].mean(dim=0)})
+
+
+def test_batches_weigh_by_their_samples() -> None:
+    wrapper, (x, labels) = estimator(assigner="label_supervised", ema_decay=0.5), mixture(90)
+    wrapper.update(x, torch.zeros_like(labels))
+    pi = wrapper.update(x[:5], torch.ones_like(labels[:5]))["pi"]
+    assert_close({"pi": pi}, {"pi": torch.tensor([45.0, 5.0, 0.0]) / 50})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind.values()))
+def test_total_is_within_plus_between_at_every_step(kind: dict[str, Any]) -> None:
+    wrapper = estimator(**kind, ema_decay=0.9)
+    history: list[tuple[Tensor, Tensor]] = []
+    for step in range(300):
+        x, labels = mixture(20 + step % 7, apart=3.0, seed=step)
+        stats = wrapper.update(x, labels)
+        history = [*history[-150:], (x, stats["R"])] if kind["mode"] == "ema" else [(x, stats["R"])]
+        within = (stats["pi"][:, None, None] * stats["Sigma"]).sum(dim=0)
+        if step % 30 == 29:
+            expected = oracle([(x, R.sum(dim=1, keepdim=True)) for x, R in history], decay=0.9)
+            assert_close({"Sigma": (within + stats["B"])[None]}, {"Sigma": expected["Sigma"]})
+
+
+def test_handed_out_values_outlive_later_updates() -> None:
+    wrapper = estimator()
+    stats, state = wrapper.update(mixture()[0]), wrapper.state
+    saved = wrapper.state_dict()
+    before = bits(stats), bits(saved), bits({"mean": state.moments.mean, "weight": state.moments.weight})
+    for step in range(1, 20):
+        wrapper.update(mixture(30, seed=step)[0] * 2)
+    assert bits(wrapper.stats) != before[0]
+    assert (bits(stats), bits(saved)) == before[:2]
+    assert bits({"mean": state.moments.mean, "weight": state.moments.weight}) == before[2]
+
+
+def test_handed_out_values_outlive_changes_of_the_embeddings() -> None:
+    wrapper, (x, _) = estimator(K=20), mixture()  # 60 rows wait for 20 more
+    stats = wrapper.update(x)
+    before = bits(stats), bits(wrapper.state_dict())
+    x.zero_()
+    assert (bits(stats), bits(wrapper.state_dict())) == before
+
+
+def test_update_draws_no_random_number() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    wrapper = estimator()
+    for step in range(3):
+        wrapper.update(mixture(seed=step)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_update_does_not_depend_on_the_global_seed() -> None:
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(bits(estimator().update(mixture(apart=1.0)[0])))
+    assert found[0] == found[1]
+
+
+def test_same_seed_gives_the_same_numbers_again() -> None:
+    def run() -> dict[str, Any]:
+        wrapper = estimator(K=8, seed=3)
+        for step in range(20):
+            wrapper.update(mixture(64, apart=1.0, seed=step)[0])
+        return bits(wrapper.stats)
+
+    assert run() == run()
+
+
+@pytest.mark.parametrize(("N", "K", "D"), [(1, 1, 1), (1, 5, 3), (3, 5, 3), (40, 1, 3), (40, 5, 1), (10, 2, 64)])
+def test_update_takes_batches_of_any_shape(N: int, K: int, D: int) -> None:
+    wrapper, generator = MixtureStats(K=K, enabled=True, revive_below=0.0), torch.Generator().manual_seed(0)
+    history: list[tuple[Tensor, Tensor]] = []
+    rows = 0
+    for _ in range(4):
+        x = torch.randn(N, D, generator=generator)
+        history = history if rows >= 4 * K else []  # until there are enough rows, every batch starts anew
+        rows += N
+        stats = wrapper.update(x)
+        history.append((x, stats["R"]))
+        expected = oracle(history, decay=0.95)
+        assert_close(stats, {key: expected[key] for key in ("pi", "B", "trace_B", "opnorm_B")}, unit=1.0)
+
+
+def test_update_of_identical_rows_is_one_point() -> None:
+    stats = estimator().update(torch.full((60, 4), 3.0))
+    total = stats["B"] + (stats["pi"][:, None, None] * stats["Sigma"]).sum(dim=0)
+    assert_close({"B": total}, {"B": torch.zeros(4, 4)}, unit=3.0)

@@ -1,0 +1,174 @@
+"""Rows that cannot be used, and batches without a row that can."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_torch import read_log
+from tests.wrapper.samples import assert_close, bits, estimator, mixture, unchanged, update_quietly
+
+NAN, INF = float("nan"), float("inf")
+BAD = [NAN, INF, -INF, 1e30]
+LABELLED = {"assigner": "label_supervised"}
+
+
+def spoiled(value: float = NAN, *, row: int = 7) -> Tensor:
+    x, _ = mixture()
+    x[row, 2] = value
+    return x
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("options", [{}, LABELLED, {"K": 30}, {"mode": "per_batch"}], ids=str)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_bad_row_counts_for_nothing(value: float, options: dict[str, Any], first: bool) -> None:
+    wrapper, expected, (x, labels) = estimator(**options), estimator(**options), mixture()
+    if not first:
+        wrapper.update(x, labels)
+        expected.update(x, labels)
+    others = torch.arange(60) != 7
+    stats, wanted = update_quietly(wrapper, spoiled(value), labels), dict(expected.update(x[others], labels[others]))
+    assert int(stats["n_ignored"]) == 1
+    assert not stats["R"][7].any()
+    assert torch.equal(stats["R"][others], wanted["R"])
+    assert_close(stats, {key: wanted[key] for key in ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B")})
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_bad_rows_leave_no_nan_ever_after(value: float) -> None:
+    wrapper = estimator(K=8)
+    for step in range(30):
+        x, _ = mixture(8, D=4, seed=step)
+        x[step % 8] = value
+        stats = update_quietly(wrapper, x)
+        assert all(bool(tensor.isfinite().all()) for tensor in stats.values())
+
+
+def test_bad_rows_are_warned_about_once() -> None:
+    wrapper = estimator()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(10):
+            wrapper.update(spoiled(row=step))
+    assert [str(warning.message).split(";")[0].split(" (")[0] for warning in caught] == ["1 of 60 rows ignored"]
+
+
+def test_warning_points_at_the_line_that_called_update() -> None:
+    with pytest.warns(UserWarning, match="rows ignored") as caught:
+        estimator().update(spoiled())
+    assert caught[0].filename == __file__
+
+
+def test_good_rows_are_not_warned_about() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimator().update(mixture()[0])
+
+
+@pytest.mark.parametrize("ignored", [-1, -100])
+def test_ignored_labels_are_counted(ignored: int) -> None:
+    x, labels = mixture()
+    labels[[3, 20]] = ignored
+    stats = update_quietly(estimator(**LABELLED), x, labels)
+    assert int(stats["n_ignored"]) == 2
+    assert stats["R"].sum(dim=1).tolist() == [float(n not in (3, 20)) for n in range(60)]
+
+
+def test_ignored_labels_mean_nothing_to_kmeans() -> None:
+    x, labels = mixture()
+    assert int(estimator().update(x, torch.full_like(labels, -1))["n_ignored"]) == 0
+
+
+IDLE = {
+    "no row": lambda: (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
+    "NaN": lambda: (torch.full((5, 4), NAN), torch.zeros(5, dtype=torch.int64)),
+    "one Inf a row": lambda: (torch.eye(4) / (1 - torch.eye(4)), torch.zeros(4, dtype=torch.int64)),
+}
+idle = pytest.mark.parametrize("batch", [make() for make in IDLE.values()], ids=IDLE.keys())
+KINDS = [{}, LABELLED, {"mode": "per_batch"}, {"mode": "label_supervised"}, {"K": 30}]
+
+
+@idle
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_idle_batch_leaves_the_state_to_the_bit(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
+    wrapper = estimator(**options)
+    wrapper.update(*mixture())
+    before = bits(wrapper.state_dict())
+    update_quietly(wrapper, *batch)
+    assert bits(wrapper.state_dict()) == before
+
+
+@idle
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_idle_batch_leaves_the_stats_to_the_bit(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
+    wrapper = estimator(**options)
+    before = bits(wrapper.update(*mixture()))
+    after = bits(update_quietly(wrapper, *batch))
+    own = ("R", "n_ignored", "n_revived")  # of the batch, not of the mixture
+    assert {key: value for key, value in after.items() if key not in own} == {
+        key: value for key, value in before.items() if key not in own
+    }
+
+
+@idle
+def test_idle_batch_counts_its_rows(batch: tuple[Tensor, Tensor]) -> None:
+    stats = update_quietly(estimator(), *batch)
+    assert (int(stats["n_ignored"]), stats["R"].tolist()) == (len(batch[0]), [[0.0] * 3] * len(batch[0]))
+
+
+@idle
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_idle_batch_at_the_very_first_is_zero(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
+    stats = update_quietly(estimator(**options), *batch)
+    assert all(not stats[key].any() for key in ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B", "participation_ratio"))
+
+
+@idle
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_idle_batch_at_the_very_first_leaves_no_trace(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
+    wrapper, expected = estimator(**options), estimator(**options)
+    update_quietly(wrapper, *batch)
+    for step in range(3):
+        x, labels = mixture(seed=step)
+        assert bits(wrapper.update(x, labels)) == bits(expected.update(x, labels))
+
+
+@idle
+def test_idle_batch_has_nan_for_figures(batch: tuple[Tensor, Tensor], tmp_path: Any) -> None:
+    wrapper = estimator(log_dir=tmp_path)
+    for step, embeddings in enumerate((batch[0], mixture()[0], batch[0], mixture()[0])):
+        update_quietly(wrapper, embeddings)
+        wrapper.log_step(step=step, epoch=0)
+    log = read_log(tmp_path)
+    for column in ("pi_min", "pi_max", "trace_B", "opnorm_B"):
+        assert np.isnan(log[column]).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("value", BAD)
+def test_strict_refuses_a_bad_row(value: float, first: bool) -> None:
+    wrapper = estimator(strict=True)
+    if not first:
+        wrapper.update(mixture()[0])
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` expects every row .*, got 1 of 60 rows"):
+        wrapper.update(spoiled(value))
+
+
+def test_strict_refuses_an_ignored_label() -> None:
+    wrapper, (x, labels) = estimator(strict=True, **LABELLED), mixture()
+    wrapper.update(x, labels)
+    labels[3] = -1
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` expects every row .*, got 1 of 60 rows"):
+        wrapper.update(x, labels)
+
+
+def test_strict_goes_on_after_it_refused() -> None:
+    wrapper, expected = estimator(strict=True), estimator()
+    with pytest.raises(ValueError, match="strict"):
+        wrapper.update(spoiled())
+    x, _ = mixture()
+    assert bits(wrapper.update(x)) == bits(expected.update(x))

@@ -1,0 +1,211 @@
+"""Everything that may be handed in as embeddings and labels, and from wherever."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixture_torch import MixtureStats, NTXentLoss, activate
+from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture
+
+
+def plain() -> Tensor:
+    """Embeddings that every type below holds exactly."""
+    return mixture()[0].mul(4).round().div(4)
+
+
+EMBEDDINGS: dict[str, Callable[[Tensor], Any]] = {
+    "float64": Tensor.double,
+    "half": Tensor.half,
+    "bf16": Tensor.bfloat16,
+    "parameter": nn.Parameter,
+    "requires_grad": lambda x: x.clone().requires_grad_(),
+    "inside a graph": lambda x: x.clone().requires_grad_() * 1,
+    "column-major": lambda x: x.T.contiguous().T,
+    "every second row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "every second column": lambda x: x.repeat_interleave(2, dim=1)[:, 1::2],
+    "with an offset": lambda x: torch.cat([x, x])[60:],
+    "a part of a complex number": lambda x: torch.complex(x * 0, x).imag,
+    "negated lazily": lambda x: torch.complex(x * 0, -x).conj().imag,
+    "NumPy float32": Tensor.numpy,
+    "NumPy float64": lambda x: x.double().numpy(),
+    "NumPy half": lambda x: x.half().numpy(),
+    "NumPy backwards": lambda x: x.flip(0).numpy()[::-1],
+    "NumPy column-major": lambda x: np.asfortranarray(x.numpy()),
+    "NumPy read-only": lambda x: np.frombuffer(x.numpy().tobytes(), np.float32).reshape(60, 4),
+}
+
+
+@pytest.mark.parametrize("convert", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
+def test_update_takes_embeddings_of_any_make(convert: Callable[[Tensor], Any]) -> None:
+    x = plain()
+    assert_close(estimator().update(convert(x)), estimator().update(x))
+
+
+@pytest.mark.parametrize("convert", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
+def test_assign_takes_embeddings_of_any_make(convert: Callable[[Tensor], Any]) -> None:
+    wrapper, x = estimator(), plain()
+    wrapper.update(x)
+    assert torch.equal(wrapper.assign(convert(x)), wrapper.assign(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool])
+def test_update_takes_embeddings_that_are_counts(dtype: torch.dtype) -> None:
+    x = plain().abs().to(dtype)
+    assert bits(estimator().update(x)) == bits(estimator().update(x.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("numpy", [False, True], ids=["torch", "NumPy"])
+def test_update_takes_labels_of_any_integer_type(dtype: torch.dtype, numpy: bool) -> None:
+    x, labels = mixture()
+    found = labels.to(dtype).numpy() if numpy else labels.to(dtype)
+    expected = bits(estimator(assigner="label_supervised").update(x, labels))
+    assert bits(estimator(assigner="label_supervised").update(x, found)) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("convert", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
+def test_update_leaves_embeddings_as_they_are(convert: Callable[[Tensor], Any]) -> None:
+    x = convert(plain())
+    before = torch.as_tensor(np.array(x)) if isinstance(x, np.ndarray) else x.detach().clone()
+    wrapper = estimator()
+    wrapper.update(x)
+    wrapper.update(x)
+    assert bool((torch.as_tensor(np.array(x)) if isinstance(x, np.ndarray) else x).eq(before).all())
+
+
+def test_update_leaves_no_graph() -> None:
+    wrapper, x = estimator(), mixture()[0].requires_grad_()
+    stats = wrapper.update(x * 2)
+    held = [*stats.values(), *(value for value in wrapper.state_dict().values() if isinstance(value, Tensor))]
+    assert all(not value.requires_grad and value.grad_fn is None for value in held)
+
+
+def test_update_leaves_the_graph_of_its_embeddings_usable() -> None:
+    x = mixture()[0].requires_grad_()
+    z = x * 2
+    estimator().update(z)
+    z.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_rows_that_wait_hold_no_graph() -> None:
+    wrapper, x = estimator(K=20), mixture()[0].requires_grad_()
+    wrapper.update(x * 2)
+    assert not any(value.requires_grad for value in wrapper.state_dict().values() if isinstance(value, Tensor))
+
+
+def run(wrapper: MixtureStats, *, inside: tuple[bool, ...]) -> MixtureStats:
+    """Four updates, of which some are inside inference mode."""
+    for step, inference in enumerate(inside):
+        with torch.inference_mode(inference):
+            wrapper.update(mixture(seed=step)[0])
+    return wrapper
+
+
+@pytest.mark.parametrize("K", [3, 20, 100])  # starts at once, later, and not at all
+@pytest.mark.parametrize("inside", [(True,) * 4, (True, False, True, False), (False, True, False, True)])
+def test_update_goes_on_across_inference_mode(inside: tuple[bool, ...], K: int) -> None:
+    expected = all_bits(run(estimator(K=K), inside=(False,) * 4))
+    assert all_bits(run(estimator(K=K), inside=inside)) == expected
+
+
+def test_stats_of_inference_mode_take_part_in_gradients() -> None:
+    stats = run(estimator(), inside=(True,)).stats
+    weight = torch.ones(4, requires_grad=True)
+    (stats["mu"] @ weight).sum().backward()
+    (stats["B"] @ weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_update_inside_a_compiled_function_is_that_outside() -> None:
+    wrapper = estimator()
+
+    @torch.compile(backend="eager")
+    def forward(x: Tensor) -> Tensor:
+        z = x * 2
+        wrapper.update(z)
+        return z.sum()
+
+    expected = estimator()
+    for step in range(3):
+        x, _ = mixture(seed=step)
+        forward(x.requires_grad_()).backward()
+        expected.update(x * 2)
+    assert all_bits(wrapper) == all_bits(expected)
+
+
+def test_estimator_is_found_by_a_loss_that_was_compiled_without_it() -> None:
+    loss, (x, _) = torch.compile(NTXentLoss(), backend="eager"), mixture()
+    loss(x, x + 1)
+    wrapper = estimator()
+    with activate(wrapper):
+        loss(x, x + 1)
+    assert wrapper.stats["R"].shape == (120, 3)
+
+
+def test_loss_that_was_compiled_with_an_estimator_feeds_none_later() -> None:
+    loss, (x, _), wrapper = torch.compile(NTXentLoss(), backend="eager"), mixture(), estimator()
+    with activate(wrapper):
+        loss(x, x + 1)
+    before = all_bits(wrapper)
+    loss(x, x + 2)
+    assert all_bits(wrapper) == before
+
+
+def test_update_inside_a_functional_gradient_is_that_outside() -> None:
+    wrapper, expected, (x, _) = estimator(), estimator(), mixture()
+
+    def loss(weight: Tensor) -> Tensor:
+        z = x * weight
+        wrapper.update(z)
+        return z.sum()
+
+    torch.func.grad(loss)(torch.ones(4))
+    expected.update(x)
+    assert all_bits(wrapper) == all_bits(expected)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that makes all that is computed from it its like, as fastai's do."""
+
+
+def test_stats_of_a_tensor_subclass_are_plain_tensors() -> None:
+    wrapper, x = estimator(), plain()
+    stats = wrapper.update(x.as_subclass(Subclass))
+    held = [*stats.values(), *(value for value in wrapper.state_dict().values() if isinstance(value, Tensor))]
+    assert {type(value) for value in held} == {Tensor}
+    assert bits(stats) == bits(estimator().update(x))
+
+
+def test_scores_of_a_tensor_subclass_are_stored(tmp_path: Path) -> None:
+    wrapper = estimator(log_dir=tmp_path, store_scores=True)
+    R = wrapper.update(plain().as_subclass(Subclass))["R"]
+    wrapper.log_step(step=0, epoch=0)
+    wrapper.flush()
+    assert torch.load(tmp_path / "mixture_scores.pt")[0]["responsibilities"].tolist() == R.tolist()
+
+
+def test_state_is_on_the_device_of_the_embeddings() -> None:
+    wrapper = estimator()
+    assert {value.device for value in wrapper.update(mixture()[0]).values()} == {torch.device("cpu")}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_state_follows_the_embeddings_from_device_to_device() -> None:
+    wrapper = estimator()
+    for step, device in enumerate(("cpu", "cuda", "cpu", "cuda")):
+        stats = wrapper.update(mixture(seed=step)[0].to(device))
+        assert {value.device.type for value in stats.values()} == {device}
+
+
+def test_update_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for convert in EMBEDDINGS.values():
+            dict(estimator().update(convert(plain())))

@@ -1,0 +1,229 @@
+"""NT-Xent against plain loops in float64, and what it feeds to the active estimator."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mixture_torch import NTXentLoss, activate
+from tests.tolerances import FLOAT32, FLOAT64, relative_error
+from tests.wrapper.samples import all_bits, bits, estimator, mixture
+
+TEMPERATURES = [0.05, 0.1, 0.5, 1, 10.0]
+
+
+def plain_ntxent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """The definition, pair by pair."""
+    z = [row / row.square().sum().sqrt() for row in (*z1, *z2)]
+    N, losses = len(z1), []
+    for i in range(2 * N):
+        j = (i + N) % (2 * N)
+        others = [torch.exp((z[i] * z[k]).sum() / temperature) for k in range(2 * N) if k != i]
+        losses.append(-torch.log(torch.exp((z[i] * z[j]).sum() / temperature) / torch.stack(others).sum()))
+    return torch.stack(losses).mean()
+
+
+def views(N: int = 5, D: int = 3, *, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(N)
+    z = scale * torch.randn(2, N, D, generator=generator, dtype=torch.float64)
+    return z[0].to(dtype), z[1].to(dtype)
+
+
+def value_and_gradients(loss: Any, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    z1, z2 = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+    value = loss(z1, z2)
+    value.backward()
+    return value.detach(), torch.cat([z1.grad, z2.grad])
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("N", "D"), [(2, 1), (2, 4), (5, 3), (8, 16)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_loss_is_the_plain_loops_value_and_gradients(temperature: float, N: int, D: int, scale: float) -> None:
+    z1, z2 = views(N, D, scale=scale)
+    value, gradients = value_and_gradients(NTXentLoss(temperature), z1, z2)
+    expected = value_and_gradients(lambda *z: plain_ntxent(*z, temperature), z1, z2)
+    assert relative_error(value, expected[0]) < FLOAT64
+    # In one dimension all gradients are rounding.
+    assert (gradients - expected[1]).abs().max() < FLOAT64 / scale / temperature
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_loss_in_float32_is_the_plain_loops_value_and_gradients(temperature: float) -> None:
+    z1, z2 = views(8, 16, dtype=torch.float32)
+    value, gradients = value_and_gradients(NTXentLoss(temperature), z1, z2)
+    expected = value_and_gradients(lambda *z: plain_ntxent(*z, temperature), z1.double(), z2.double())
+    # A cosine is good to 1e-7, and divided by the temperature.
+    tolerance = FLOAT32 * max(1.0, 0.1 / temperature)
+    assert value.dtype == torch.float32
+    assert relative_error(value, expected[0]) < tolerance
+    assert relative_error(gradients, expected[1]) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_loss_of_half_inputs_is_that_of_their_float32(dtype: torch.dtype) -> None:
+    z1, z2 = views(8, 16, dtype=dtype)
+    value, gradients = value_and_gradients(NTXentLoss(0.1), z1, z2)
+    expected = value_and_gradients(NTXentLoss(0.1), z1.float(), z2.float())
+    assert torch.equal(value, expected[0])
+    assert torch.equal(gradients, expected[1].to(dtype))
+
+
+def test_loss_of_one_pair_is_zero_without_a_gradient() -> None:
+    value, gradients = value_and_gradients(NTXentLoss(0.1), *views(1, 4))
+    assert (float(value), gradients.tolist()) == (0.0, [[0.0] * 4] * 2)
+
+
+def test_loss_does_not_depend_on_the_length_of_rows() -> None:
+    z1, z2 = views(8, 16)
+    factors = torch.linspace(0.1, 9, 8, dtype=torch.float64)[:, None]
+    assert relative_error(NTXentLoss(0.2)(z1 * factors, z2 / factors), NTXentLoss(0.2)(z1, z2)) < FLOAT64
+
+
+def test_loss_is_symmetric_in_its_views() -> None:
+    z1, z2 = views(8, 16)
+    assert relative_error(NTXentLoss(0.2)(z2, z1), NTXentLoss(0.2)(z1, z2)) < FLOAT64
+
+
+@pytest.mark.parametrize("z", [torch.zeros(4, 3), torch.ones(4, 3)], ids=["zeros", "all the same"])
+def test_loss_of_a_collapse_is_log_of_the_rivals(z: Tensor) -> None:
+    value, gradients = value_and_gradients(NTXentLoss(0.1), z, z)
+    assert relative_error(value, torch.tensor(7.0).log()) < FLOAT32
+    assert bool(gradients.isfinite().all())
+
+
+def test_loss_is_finite_at_a_temperature_where_exponentials_overflow() -> None:
+    value, gradients = value_and_gradients(NTXentLoss(1e-3), *views(8, 4, dtype=torch.float32))
+    assert bool(value.isfinite())
+    assert bool(gradients.isfinite().all())
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_loss_is_the_same_with_and_without_an_estimator(active: bool) -> None:
+    z1, z2 = views(30, 4, dtype=torch.float32)
+    expected = value_and_gradients(NTXentLoss(0.1), z1, z2)
+    with activate(estimator(enabled=active)):
+        found = value_and_gradients(NTXentLoss(0.1), z1, z2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_loss_feeds_both_views_normalised() -> None:
+    wrapper, expected = estimator(), estimator()
+    z1, z2 = views(30, 4, scale=7.0, dtype=torch.float32)
+    with activate(wrapper):
+        NTXentLoss()(z1, z2)
+    expected.update(functional.normalize(torch.cat([z1, z2]), dim=1))
+    assert all_bits(wrapper) == all_bits(expected)
+
+
+@pytest.mark.parametrize("numpy", [False, True], ids=["torch", "NumPy"])
+def test_loss_feeds_labels_once_for_either_view(numpy: bool) -> None:
+    wrapper, (x, labels) = estimator(assigner="label_supervised"), mixture()
+    with activate(wrapper):
+        NTXentLoss()(x, x + 1, labels.numpy() if numpy else labels)
+    assert torch.equal(wrapper.stats["R"].argmax(dim=1), torch.cat([labels, labels]))
+
+
+def test_loss_feeds_once_a_call() -> None:
+    wrapper, (x, labels) = estimator(assigner="label_supervised", ema_decay=0.5), mixture()
+    with activate(wrapper):
+        for _ in range(3):
+            NTXentLoss()(x, x + 1, labels)
+    assert float(wrapper.state.moments.weight.sum()) == 120 * (1 + 0.5 + 0.25)
+
+
+def test_loss_feeds_nothing_that_carries_a_gradient() -> None:
+    wrapper, (x, _) = estimator(), mixture()
+    with activate(wrapper):
+        NTXentLoss()(x.requires_grad_(), x + 1)
+    assert not any(value.requires_grad for value in wrapper.stats.values())
+
+
+def test_loss_feeds_the_innermost_estimator_only() -> None:
+    outer, inner, (x, _) = estimator(), estimator(), mixture()
+    with activate(outer), activate(inner):
+        NTXentLoss()(x, x + 1)
+    assert (bool(outer.stats), bool(inner.stats)) == (False, True)
+
+
+def test_loss_feeds_nobody_where_none_is_active() -> None:
+    wrapper, (x, _) = estimator(), mixture()
+    with activate(wrapper), activate(None):
+        NTXentLoss()(x, x + 1)
+    NTXentLoss()(x, x + 1)
+    assert not wrapper.stats
+
+
+def test_loss_feeds_full_float32_inside_autocast() -> None:
+    wrapper, expected, (x, _) = estimator(), estimator(), mixture()
+    with activate(expected):
+        NTXentLoss()(x, x + 1)
+    with activate(wrapper), torch.autocast("cpu", torch.bfloat16):
+        NTXentLoss()(x, x + 1)
+    assert bits(wrapper.stats) == bits(expected.stats)
+
+
+def test_loss_has_no_use_for_labels_itself() -> None:
+    z1, z2 = views()
+    assert torch.equal(NTXentLoss()(z1, z2, torch.tensor([9])), NTXentLoss()(z1, z2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ([0] * 60, "a tensor or a NumPy array, got list"),
+        (mixture()[1].float(), "integers, got torch.float32"),
+        (mixture()[1][1:], "shape (120,), one per embedding, got (118,)"),
+        (mixture()[1] + 1, "in [0, 3), or -1 or -100 for a row to ignore, got 3"),
+        (None, "given where responsibilities come from labels"),
+    ],
+    ids=["list", "float", "short", "K", "missing"],
+)
+def test_loss_says_what_labels_the_estimator_wants(labels: Any, text: str) -> None:
+    wrapper, (x, _) = estimator(assigner="label_supervised"), mixture()
+    with activate(wrapper), pytest.raises((TypeError, ValueError), match=r"^`labels` must ") as error:
+        NTXentLoss()(x, x + 1, labels)
+    assert text in str(error.value)
+    assert not wrapper.stats
+
+
+@pytest.mark.parametrize(
+    ("z1", "z2"),
+    [
+        (torch.zeros(3, 2), torch.zeros(4, 2)),
+        (torch.zeros(3, 2), torch.zeros(3, 5)),
+        (torch.zeros(0, 2), torch.zeros(0, 2)),
+        (torch.zeros(3), torch.zeros(3)),
+        (torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)),
+    ],
+    ids=lambda z: str(tuple(z.shape)),
+)
+def test_loss_says_what_shapes_it_wants(z1: Tensor, z2: Tensor) -> None:
+    wrapper = estimator()
+    with activate(wrapper), pytest.raises(ValueError, match=r"^`z1` and `z2` must have the same shape") as error:
+        NTXentLoss()(z1, z2)
+    assert f"got {tuple(z1.shape)} and {tuple(z2.shape)}." in str(error.value)
+    assert not wrapper.stats
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [0, -0.1, float("nan"), float("inf"), 10**400, "0.1", None, True, [0.1]],
+    ids=lambda value: str(value)[:5],
+)
+def test_loss_says_what_temperature_it_wants(temperature: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^`temperature` must be a number greater than 0, got "):
+        NTXentLoss(temperature)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(2), 2])
+def test_loss_takes_temperatures_of_any_real_type(number: Any) -> None:
+    z1, z2 = views()
+    assert relative_error(NTXentLoss(number)(z1, z2), NTXentLoss(float(number))(z1, z2)) < FLOAT64
+
+
+def test_loss_shows_its_temperature() -> None:
+    assert repr(NTXentLoss(0.5)) == "NTXentLoss(temperature=0.5)"

@@ -1,0 +1,175 @@
+"""Whatever is wrong: one line that says what was expected and what came, and nothing changed."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nested import nested_tensor
+
+from tests.wrapper.samples import all_bits, assert_says, estimator, mixture, unchanged
+
+NAN = float("nan")
+LABELLED = {"assigner": "label_supervised"}
+X, LABELS = mixture()
+
+
+class Wrong(NamedTuple):
+    """A batch that has to be refused, and what the message says of it."""
+
+    embeddings: Any
+    labels: Any
+    kind: type[Exception] | tuple[type[Exception], ...]
+    name: str
+    text: str
+
+
+def quietly(make: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """A tensor of a kind that torch calls experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*arguments, **options)
+
+
+EITHER = (TypeError, ValueError)
+EMBEDDINGS: dict[str, Wrong] = {
+    "list": Wrong(X.tolist(), LABELS, TypeError, "embeddings", "a tensor or a NumPy array, got list"),
+    "None": Wrong(None, LABELS, TypeError, "embeddings", "a tensor or a NumPy array, got NoneType"),
+    "text": Wrong("x", LABELS, TypeError, "embeddings", "a tensor or a NumPy array, got str"),
+    "number": Wrong(3.0, LABELS, TypeError, "embeddings", "a tensor or a NumPy array, got float"),
+    "scalar": Wrong(torch.tensor(1.0), LABELS, ValueError, "embeddings", "(N, D >= 1), got ()"),
+    "vector": Wrong(X[:, 0], LABELS, ValueError, "embeddings", "got (60,)"),
+    "cube": Wrong(X[None], LABELS, ValueError, "embeddings", "got (1, 60, 4)"),
+    "no width": Wrong(X[:, :0], LABELS, ValueError, "embeddings", "got (60, 0)"),
+    "complex": Wrong(X * 1j, LABELS, TypeError, "embeddings", "real numbers, got torch.complex64"),
+    "NumPy complex": Wrong(X.numpy() * 1j, LABELS, TypeError, "embeddings", "real numbers, got torch.complex64"),
+    "NumPy objects": Wrong(X.numpy().astype(object), LABELS, TypeError, "embeddings", "got"),
+    "NumPy text": Wrong(X.numpy().astype(str), LABELS, TypeError, "embeddings", "got"),
+    "NumPy long double": Wrong(X.numpy().astype(np.longdouble), LABELS, EITHER, "embeddings", "got"),
+    "NumPy records": Wrong(np.zeros((60, 4), "f4,f4"), LABELS, TypeError, "embeddings", "got"),
+    "sparse": Wrong(X.to_sparse(), LABELS, EITHER, "embeddings", "got"),
+    "sparse rows": Wrong(quietly(X.to_sparse_csr), LABELS, EITHER, "embeddings", "got"),
+    "nested": Wrong(quietly(nested_tensor, [X[:3], X[:5]]), LABELS, EITHER, "embeddings", "got"),
+    "jagged": Wrong(quietly(nested_tensor, [X[:3], X[:5]], layout=torch.jagged), LABELS, EITHER, "embeddings", "got"),
+    "without data": Wrong(X.to("meta"), LABELS.to("meta"), EITHER, "embeddings", "got"),
+}
+LABEL_FAULTS: dict[str, Wrong] = {
+    "missing": Wrong(X, None, ValueError, "labels", "be given where responsibilities come from labels: (60,)"),
+    "list": Wrong(X, LABELS.tolist(), TypeError, "labels", "a tensor or a NumPy array, got list"),
+    "float": Wrong(X, LABELS.float(), TypeError, "labels", "integers, got torch.float32"),
+    "bool": Wrong(X, LABELS > 0, TypeError, "labels", "integers, got torch.bool"),
+    "NumPy text": Wrong(X, LABELS.numpy().astype(str), TypeError, "labels", "got"),
+    "short": Wrong(X, LABELS[:-1], ValueError, "labels", "(60,), one per embedding, got (59,)"),
+    "column": Wrong(X, LABELS[:, None], ValueError, "labels", "(60,), one per embedding, got (60, 1)"),
+    "scalar": Wrong(X, LABELS[0], ValueError, "labels", "(60,), one per embedding, got ()"),
+    "K": Wrong(X, LABELS + 1, ValueError, "labels", "in [0, 3), or -1 or -100 for a row to ignore, got 3"),
+    "-2": Wrong(X, LABELS - 2, ValueError, "labels", "in [0, 3), or -1 or -100 for a row to ignore, got -2"),
+    "-101": Wrong(X, LABELS * 0 - 101, ValueError, "labels", "in [0, 3), or -1 or -100 for a row to ignore, got -101"),
+    "huge": Wrong(X, LABELS + 2**62, ValueError, "labels", f"or -1 or -100 for a row to ignore, got {2**62}"),
+    "at a bad row": Wrong(X * NAN, LABELS + 3, ValueError, "labels", "in [0, 3), or -1 or -100"),
+    "sparse": Wrong(X, LABELS.to_sparse(), EITHER, "labels", "got"),
+}
+WRONG = {f"embeddings {name}": wrong for name, wrong in EMBEDDINGS.items()} | {
+    f"labels {name}": wrong for name, wrong in LABEL_FAULTS.items()
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_update_says_what_is_wrong_with_a_batch(wrong: Wrong) -> None:
+    with pytest.raises(wrong.kind) as error:
+        estimator(**LABELLED).update(wrong.embeddings, wrong.labels)
+    assert_says(error.value, wrong.name, wrong.text)
+
+
+KINDS = {"kmeans": {}, "waiting": {"K": 30}, "assigner": LABELLED, "mode": {"mode": "label_supervised"}}
+COMBINATIONS = {
+    f"{name} {kind}": (options, wrong)
+    for name, wrong in WRONG.items()
+    for kind, options in KINDS.items()
+    if wrong.name == "embeddings" or kind in ("assigner", "mode")  # k-means does not look at labels
+}
+
+
+@pytest.mark.parametrize(("options", "wrong"), COMBINATIONS.values(), ids=COMBINATIONS.keys())
+@pytest.mark.parametrize("updates", [0, 2])
+def test_wrong_batch_leaves_no_trace(options: dict[str, Any], wrong: Wrong, updates: int) -> None:
+    wrapper, expected = estimator(**options), estimator(**options)
+    for step in range(updates):
+        wrapper.update(*mixture(seed=step))
+        expected.update(*mixture(seed=step))
+    with unchanged(wrapper), pytest.raises(Exception):  # noqa: B017, PT011  # which one is said above
+        wrapper.update(wrong.embeddings, wrong.labels)
+    wrapper.update(X, LABELS)
+    expected.update(X, LABELS)
+    assert all_bits(wrapper) == all_bits(expected)
+
+
+def test_update_says_that_the_width_has_changed() -> None:
+    wrapper = estimator()
+    wrapper.update(X)
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`embeddings` must have shape \(N, 4\), got \(60, 3\)"):
+        wrapper.update(X[:, :3])
+
+
+def test_width_may_still_change_after_a_refused_first_batch() -> None:
+    wrapper = estimator(**LABELLED)
+    with pytest.raises(ValueError, match="labels"):
+        wrapper.update(X[:, :3], LABELS + 5)
+    assert wrapper.update(X, LABELS)["mu"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("wrong", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
+def test_assign_says_what_is_wrong_with_a_batch(wrong: Wrong) -> None:
+    wrapper = estimator()
+    wrapper.update(X)
+    with unchanged(wrapper), pytest.raises(wrong.kind) as error:
+        wrapper.assign(wrong.embeddings)
+    assert_says(error.value, wrong.name, "got")
+
+
+def test_assign_comes_after_update() -> None:
+    with pytest.raises(ValueError, match=r"^`assign` must come after `update`, got no mixture to assign to\.$"):
+        estimator().assign(X)
+
+
+STEPS: list[tuple[Any, type[Exception], str]] = [
+    (-1, ValueError, "at least 0, got -1"),
+    (1.5, TypeError, "an integer, got 1.5"),
+    ("1", TypeError, "an integer, got '1'"),
+    (None, TypeError, "an integer, got None"),
+    (True, TypeError, "an integer, got True"),
+    (torch.tensor(1.5), TypeError, "an integer, got tensor(1.5000)"),
+    (torch.tensor([1, 2]), TypeError, "an integer, got tensor([1, 2])"),
+]
+
+
+@pytest.mark.parametrize("name", ["step", "epoch"])
+@pytest.mark.parametrize(("value", "kind", "text"), STEPS)
+def test_log_step_says_what_is_wrong(tmp_path: Path, name: str, value: Any, kind: type[Exception], text: str) -> None:
+    wrapper = estimator(log_dir=tmp_path / "run", store_scores=True)
+    wrapper.update(X)
+    with unchanged(wrapper), pytest.raises(kind) as error:
+        wrapper.log_step(**{"step": 1, "epoch": 0, name: value})
+    assert_says(error.value, name, text)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stats", [None, {}])
+def test_log_step_comes_after_update(tmp_path: Path, stats: Any) -> None:
+    with pytest.raises(ValueError, match=r"^`log_step` must come after `update`, got no statistics to log\.$"):
+        estimator(log_dir=tmp_path / "run").log_step(step=0, epoch=0, stats=stats)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stats", [X, "stats", {"pi": X[0]}, [1]], ids=["tensor", "text", "part", "list"])
+def test_log_step_says_what_stats_it_wants(tmp_path: Path, stats: Any) -> None:
+    wrapper = estimator(log_dir=tmp_path / "run")
+    wrapper.update(X)
+    with pytest.raises((TypeError, ValueError)) as error:
+        wrapper.log_step(step=0, epoch=0, stats=stats)
+    assert_says(error.value, "stats", "got")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,168 @@
+"""The specification's own examples, word for word."""
+
+import inspect
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from mixture_torch import MixtureRuntimeConfig, MixtureStats, read_log, read_scores
+from tests.wrapper.samples import mixture
+
+ROOT = Path(__file__).parents[2]
+
+USAGE = """
+from mfcl.mixture import MixtureStats
+
+estimator = MixtureStats(
+    K=8,
+    assigner="kmeans_online",
+    mode="ema",
+    enabled=True,
+    log_dir=run_dir,
+    is_main=True,
+)
+stats = estimator.update(embeddings)
+# stats contains pi, mu, Sigma, B, and the per-sample responsibilities R.
+estimator.log_step(step=step_idx, epoch=current_epoch, stats=stats)
+"""
+
+YAML = """
+runtime:
+  mixture:
+    enabled: false          # Feature flag, default disabled.
+    K: 8                    # Number of mixture components.
+    mode: ema               # Accumulator mode: per_batch | ema | label_supervised.
+    assigner: kmeans_online # Assignment strategy: kmeans_online | label_supervised.
+    ema_decay: 0.95         # EMA decay factor when mode == "ema".
+    store_scores: false     # Persist responsibilities alongside CSV output.
+    scores_mode: append     # append | per_step storage strategy for responsibilities.
+    cross_rank: false       # Gather embeddings across ranks before computing stats.
+    max_assign_iters: 2     # Lloyd iterations for the k-means assigner.
+"""
+
+HEADER = "step,epoch,K,pi_min,pi_max,trace_B,opnorm_B"
+TOP_LEVEL = {"pyproject.toml", "mixture_core", "mixture_torch", "tests", "benchmarks", "README.md"}
+
+
+def run_usage(run_dir: Path, embeddings: Tensor) -> dict[str, Tensor]:
+    names = {"run_dir": run_dir, "embeddings": embeddings, "step_idx": 123, "current_epoch": 4}
+    exec(USAGE.replace("from mfcl.mixture import", "from mixture_torch import"), names)
+    return dict(names["stats"])  # type: ignore[call-overload]
+
+
+def test_usage_block_returns_what_its_comment_says(tmp_path: Path) -> None:
+    stats = run_usage(tmp_path, mixture(256, K=8, D=16)[0])
+    shapes = {key: tuple(stats[key].shape) for key in ("pi", "mu", "Sigma", "B", "R")}
+    assert shapes == {"pi": (8,), "mu": (8, 16), "Sigma": (8, 16, 16), "B": (16, 16), "R": (256, 8)}
+
+
+def test_usage_block_finds_the_mixture(tmp_path: Path) -> None:
+    x, labels = mixture(256, K=8, D=16)
+    stats = run_usage(tmp_path, x)
+    counts = torch.zeros(8, 8).index_add_(0, labels, stats["R"])
+    assert sorted(counts.flatten().tolist()) == [0.0] * 56 + [32.0] * 8
+
+
+def test_usage_block_appends_one_row(tmp_path: Path) -> None:
+    run_usage(tmp_path, mixture(256, K=8, D=16)[0])
+    lines = (tmp_path / "mixture.csv").read_text().splitlines()
+    assert lines[0] == HEADER
+    assert [line.split(",")[:3] for line in lines[1:]] == [["123", "4", "8"]]
+
+
+def test_usage_block_takes_bf16_and_tracks_no_gradient(tmp_path: Path) -> None:
+    stats = run_usage(tmp_path, mixture(256, K=8, D=16)[0].bfloat16().requires_grad_())
+    assert all(not value.requires_grad for value in stats.values())
+    assert {value.dtype for key, value in stats.items() if not key.startswith("n_")} == {torch.float32}
+
+
+def test_yaml_block_loads_with_its_values(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML)
+    config = MixtureRuntimeConfig.from_yaml(path)
+    block = yaml.safe_load(YAML)["runtime"]["mixture"]
+    assert {key: getattr(config, key) for key in block} == block
+
+
+def test_yaml_block_holds_the_defaults() -> None:
+    assert MixtureRuntimeConfig.from_mapping(yaml.safe_load(YAML)) == MixtureRuntimeConfig()
+
+
+def test_yaml_block_holds_the_defaults_of_the_estimator() -> None:
+    block = yaml.safe_load(YAML)["runtime"]["mixture"]
+    signature = inspect.signature(MixtureStats).parameters
+    assert {key: signature[key].default for key in block if key != "K"} == {k: v for k, v in block.items() if k != "K"}
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("mode", "per_batch | ema | label_supervised"),
+        ("assigner", "kmeans_online | label_supervised"),
+        ("scores_mode", "append | per_step"),
+    ],
+)
+def test_yaml_words_are_all_taken(key: str, words: str) -> None:
+    assert words in YAML
+    for word in words.split(" | "):
+        assert getattr(MixtureRuntimeConfig.from_mapping({key: word}), key) == word
+
+
+@pytest.mark.parametrize("scores_mode", ["append", "per_step"])
+def test_scores_are_stored_where_the_specification_says(tmp_path: Path, scores_mode: str) -> None:
+    with MixtureStats(K=3, enabled=True, log_dir=tmp_path, store_scores=True, scores_mode=scores_mode) as estimator:
+        R = estimator.update(mixture()[0])["R"]
+        estimator.log_step(step=123, epoch=0)
+    path = {"append": "mixture_scores.pt", "per_step": "mixture_scores/step_000123.pt"}[scores_mode]
+    value = torch.load(tmp_path / path)
+    (entry,) = value if scores_mode == "append" else [value]
+    assert (entry["step"], entry["epoch"], entry["responsibilities"].tolist()) == (123, 0, R.tolist())
+
+
+def test_disabled_estimator_returns_an_empty_falsy_mapping() -> None:
+    stats = MixtureStats(K=8).update(mixture()[0])
+    assert not stats
+    assert dict(stats) == {}
+
+
+def test_disabled_estimator_writes_nothing(tmp_path: Path) -> None:
+    log_dir = tmp_path / "run"
+    with MixtureStats(K=8, log_dir=log_dir, store_scores=True) as estimator:
+        estimator.update(mixture()[0])
+        estimator.log_step(step=0, epoch=0)
+        estimator.flush()
+    assert not log_dir.exists()
+
+
+def test_disabled_estimator_computes_nothing() -> None:
+    estimator = MixtureStats(K=8)
+    estimator.update(object())  # type: ignore[arg-type]  # it does not even look
+    assert estimator.state is None
+    assert not estimator.stats
+
+
+def test_disabled_configuration_makes_a_disabled_estimator(tmp_path: Path) -> None:
+    config = MixtureRuntimeConfig.from_mapping(yaml.safe_load(YAML))
+    estimator = MixtureStats.from_config(config, log_dir=tmp_path / "run")
+    assert not estimator.update(mixture()[0])
+
+
+def test_log_and_scores_are_read_back(tmp_path: Path) -> None:
+    with MixtureStats(K=3, enabled=True, log_dir=tmp_path, store_scores=True) as estimator:
+        for step in range(3):
+            estimator.update(mixture(seed=step)[0])
+            estimator.log_step(step=step, epoch=1)
+    assert read_log(tmp_path)["step"].tolist() == [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2]
+
+
+def test_top_level_is_that_of_the_design_card() -> None:
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not in a clone")
+    tracked = {line.split("/")[0] for line in listed.splitlines()}
+    assert {name for name in tracked if not name.startswith(".")} <= TOP_LEVEL

@@ -1,0 +1,143 @@
+"""A training run with the estimator is the training run without it."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixture_torch import MixtureStats, NTXentLoss, activate
+from tests.wrapper.samples import all_bits, bits, estimator, mixture
+
+STEPS = 12
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 6))
+
+
+def train(wrapper: MixtureStats | None, *, autocast: bool = False) -> dict[str, Any]:
+    """Trains a small network that draws global random numbers at every step; returns all it ends with."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # the global generator is the point
+    random.seed(0)
+    model, loss = network(), NTXentLoss(0.5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        images, labels = torch.randn(24, 8), torch.randint(3, (24,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), activate(wrapper):
+            value = loss(model(images + 0.1 * torch.randn_like(images)), model(images), labels)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        if wrapper is not None:
+            wrapper.log_step(step=step, epoch=0)
+    ends = {"torch": torch.get_rng_state(), "numpy": str(np.random.get_state()), "python": str(random.getstate())}
+    return bits(model.state_dict()) | bits(ends) | {"loss": value.item()}
+
+
+ESTIMATORS: dict[str, Callable[[Path], MixtureStats]] = {
+    "kmeans": lambda path: estimator(),
+    "labels": lambda path: estimator(assigner="label_supervised"),
+    "per batch": lambda path: estimator(mode="per_batch"),
+    "waiting": lambda path: estimator(K=30),
+    "logging": lambda path: estimator(log_dir=path),
+    "storing": lambda path: estimator(log_dir=path, store_scores=True),
+    "storing per step": lambda path: estimator(log_dir=path, store_scores=True, scores_mode="per_step"),
+    "disabled": lambda path: estimator(enabled=False, log_dir=path),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+def test_training_ends_in_the_same_bits(make: Callable[[Path], MixtureStats], autocast: bool, tmp_path: Path) -> None:
+    with make(tmp_path) as wrapper:
+        assert train(wrapper, autocast=autocast) == train(None, autocast=autocast)
+
+
+def test_training_feeds_the_estimator_at_every_step(tmp_path: Path) -> None:
+    with estimator(assigner="label_supervised", ema_decay=0.5, log_dir=tmp_path) as wrapper:
+        train(wrapper)
+    assert float(wrapper.state.moments.weight.sum()) == sum(48 * 0.5**age for age in range(STEPS))
+    assert len((tmp_path / "mixture.csv").read_text().splitlines()) == STEPS + 1
+
+
+def forward(wrapper: MixtureStats, x: Tensor, weight: Tensor) -> Tensor:
+    """A part of a model that feeds the estimator, as a loss inside a checkpointed block does."""
+    with activate(wrapper):
+        return NTXentLoss(0.5)(x @ weight, x @ weight.cos())
+
+
+Run = Callable[[MixtureStats, Tensor, Tensor], Tensor]
+PLAIN: Run = forward
+CHECKPOINTED: dict[str, Run] = {
+    "reentrant": lambda wrapper, x, weight: checkpoint(forward, wrapper, x, weight, use_reentrant=True),
+    "not reentrant": lambda wrapper, x, weight: checkpoint(forward, wrapper, x, weight, use_reentrant=False),
+    "nested": lambda wrapper, x, weight: checkpoint(
+        lambda *inner: checkpoint(forward, *inner, use_reentrant=False), wrapper, x, weight, use_reentrant=False
+    ),
+}
+checkpointed = pytest.mark.parametrize("run", CHECKPOINTED.values(), ids=CHECKPOINTED.keys())
+
+
+def steps(run: Run) -> tuple[MixtureStats, list[Tensor]]:
+    wrapper, weight, gradients = estimator(), torch.eye(4), []
+    for step in range(4):
+        weight = weight.detach().requires_grad_()
+        run(wrapper, mixture(seed=step)[0], weight).backward()
+        gradients.append(weight.grad)
+    return wrapper, gradients
+
+
+@checkpointed
+def test_checkpointed_forward_updates_once(run: Run) -> None:
+    assert all_bits(steps(run)[0]) == all_bits(steps(PLAIN)[0])
+
+
+@checkpointed
+def test_checkpointed_forward_has_the_gradients_of_the_plain_one(run: Run) -> None:
+    assert [gradient.tolist() for gradient in steps(run)[1]] == [gradient.tolist() for gradient in steps(PLAIN)[1]]
+
+
+@checkpointed
+def test_backward_pass_updates_nothing(run: Run) -> None:
+    wrapper, weight = estimator(), torch.eye(4, requires_grad=True)
+    value = run(wrapper, mixture()[0], weight)
+    before = all_bits(wrapper)
+    assert wrapper.stats
+    value.backward()
+    assert all_bits(wrapper) == before
+
+
+def test_update_in_a_hook_of_the_backward_pass_is_skipped() -> None:
+    wrapper, x, found = estimator(), mixture()[0].requires_grad_(), []
+    last = wrapper.update(x)
+    x.register_hook(lambda gradient: found.append(wrapper.update(gradient)))
+    before = all_bits(wrapper)
+    x.square().sum().backward()
+    assert found == [last]
+    assert all_bits(wrapper) == before
+
+
+def test_update_in_a_hook_before_any_other_is_skipped() -> None:
+    wrapper, x, found = estimator(), mixture()[0].requires_grad_(), []
+    x.register_hook(lambda gradient: found.append(dict(wrapper.update(gradient))))
+    x.square().sum().backward()
+    assert found == [{}]
+    assert wrapper.state is None
+
+
+def test_update_after_a_backward_pass_that_raised_counts() -> None:
+    def fail(gradient: Tensor) -> None:
+        raise KeyError
+
+    wrapper, (x, _) = estimator(), mixture()
+    x.requires_grad_().register_hook(fail)
+    with pytest.raises(KeyError):
+        x.square().sum().backward()
+    assert wrapper.update(x)
