@@ -122,10 +122,12 @@ def _one_hot(index: Tensor, K: int) -> Tensor:
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """The index of each row's nearest centroid, (N,)."""
     centroids = centroids.detach()
-    nearest = (centroids.square().sum(dim=1) - 2 * (x.detach() @ centroids.mT)).argmin(dim=1)
+    squares = centroids.square().sum(dim=1)
+    nearest = (squares - 2 * (x.detach() @ centroids.mT)).argmin(dim=1)
     # Which of several equal centroids wins is up to the product's rounding; it has to be the first.
-    equal = torch.cdist(centroids, centroids, p=torch.inf) == 0
-    return equal.to(torch.int8).argmax(dim=1).gather(0, nearest)
+    first = (squares[:, None] == squares).to(torch.int8).argmax(dim=1)
+    equal = (centroids.index_select(0, first) == centroids).all(dim=1)
+    return torch.where(equal, first, torch.arange(len(squares), device=x.device)).gather(0, nearest)
 
 
 def _squared_distances(x: Tensor, centroids: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     weight = a.weight + b.weight
     share = safe_divide(b.weight, weight)[..., None]  # of b, (K, 1)
     d = b.mean - a.mean
-    shift = (share * (1 - share) * d)[..., :, None] * d[..., None, :]
+    shift = (share * (1 - share))[..., None] * (d[..., :, None] * d[..., None, :])  # symmetric to the bit
     return Moments(
         weight=weight,
         mean=torch.lerp(a.mean, b.mean, share),

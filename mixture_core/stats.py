@@ -66,6 +66,10 @@ class StepStats(Mapping[str, Tensor]):
         value: Tensor = getattr(self, key)
         return value
 
+    def __contains__(self, key: object) -> bool:
+        """Is true of the names of the statistics, and computes none of them."""
+        return key in KEYS
+
     def __iter__(self) -> Iterator[str]:
         """Goes through the names of the statistics."""
         return iter(KEYS)

@@ -44,7 +44,9 @@ EMBEDDINGS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("convert", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
 def test_update_takes_embeddings_of_any_make(convert: Callable[[Tensor], Any]) -> None:
     x = plain()
-    assert_close(estimator().update(convert(x)), estimator().update(x))
+    stats, expected = estimator().update(convert(x)), estimator().update(x)
+    assert_close(stats, expected)
+    assert {key: value.dtype for key, value in stats.items()} == {key: value.dtype for key, value in expected.items()}
 
 
 @pytest.mark.parametrize("convert", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
