@@ -15,7 +15,7 @@ KEYS = (
 
 
 @pytree
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False, kw_only=True, repr=False)
 class StepStats(Mapping[str, Tensor]):
     """The mixture after a step, and what became of the step's samples; read by attribute or by key."""
 
@@ -77,6 +77,10 @@ class StepStats(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Returns the number of statistics."""
         return len(KEYS)
+
+    def __repr__(self) -> str:
+        """Returns the names and the shapes of what there is, in one line."""
+        return f"StepStats(R: {tuple(self.R.shape)}, mu: {tuple(self.mu.shape)}, and {', '.join(KEYS)})"
 
     # A Mapping would compare tensors entry by entry, which has no truth value.
     def __eq__(self, other: Any) -> bool:

@@ -100,7 +100,10 @@ class MixtureRuntimeConfig(MixtureConfig):
 def _find_block(mapping: Any) -> Mapping[str, Any]:
     block = _as_mapping(mapping, "The configuration")
     if "runtime" in block:
-        return _as_mapping(_as_mapping(block["runtime"], "`runtime`").get("mixture"), "`runtime.mixture`")
+        runtime = _as_mapping(block["runtime"], "`runtime`")
+        if "mixture" not in runtime and (near := difflib.get_close_matches("mixture", map(str, runtime), cutoff=0.8)):
+            raise ValueError(f"`runtime` must hold the block `mixture`, got `{near[0]}`; did you mean `mixture`?")
+        return _as_mapping(runtime.get("mixture"), "`runtime.mixture`")
     return _as_mapping(block["mixture"], "`mixture`") if "mixture" in block else block
 
 

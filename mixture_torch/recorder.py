@@ -67,9 +67,9 @@ class Recorder:
             return
         if self._log is None:
             self._log = self._open(self._log_dir)
-        self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
-        if self._scores is not None:
+        if self._scores is not None:  # first: a file that is not ours is refused before anything is written
             self._scores.append(step, epoch, stats["R"])
+        self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
 
     def flush(self) -> None:
         """Makes all files complete."""
@@ -115,6 +115,8 @@ def _as_count(name: str, value: int) -> int:
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if count < 0:
         raise ValueError(f"`{name}` must be at least 0, got {count}.")
+    if count >= 2**63:  # `read_log` could not read it back
+        raise ValueError(f"`{name}` must be below 2^63, got {count}.")
     return count
 
 

@@ -108,11 +108,12 @@ def test_wrong_batch_leaves_no_trace(options: dict[str, Any], wrong: Wrong, upda
     assert all_bits(wrapper) == all_bits(expected)
 
 
-def test_update_says_that_the_width_has_changed() -> None:
-    wrapper = estimator()
-    wrapper.update(X)
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+def test_update_says_that_the_width_has_changed(options: dict[str, Any]) -> None:
+    wrapper = estimator(**options)
+    wrapper.update(X, LABELS)
     with unchanged(wrapper), pytest.raises(ValueError, match=r"^`embeddings` must have shape \(N, 4\), got \(60, 3\)"):
-        wrapper.update(X[:, :3])
+        wrapper.update(X[:, :3], LABELS)
 
 
 def test_width_may_still_change_after_a_refused_first_batch() -> None:
