@@ -157,18 +157,19 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
         raise ValueError(f"{source} must be YAML: {error}") from error
 
 
-def _merge(base: Any, over: Any) -> Any:
-    """Returns `base` under `over`, key by key; an empty block, None in YAML, says nothing."""
-    if not isinstance(base, Mapping):
-        return over
-    if not isinstance(over, Mapping):
-        return base if over is None else over
-    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns `base` under `over`, block by block; an empty block, None in YAML, says nothing."""
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], Mapping):
+            block = {} if over[key] is None else over[key]
+            if not isinstance(block, Mapping):
+                raise TypeError(f"`{key}` must be a mapping of options, got {block!r}.")
+            merged[key] = _merge(base[key], block)
+    return merged
 
 
-def _demo_config(block: Any) -> DemoConfig:
-    if not isinstance(block, Mapping):
-        raise TypeError(f"`demo` must be a mapping of options, got {block!r}.")
+def _demo_config(block: Mapping[str, Any]) -> DemoConfig:
     known = attrs.fields_dict(DemoConfig)
     if unknown := [key for key in block if key not in known]:
         raise ValueError(f"`{unknown[0]}` is not an option of demo; there are {', '.join(known)}.")
