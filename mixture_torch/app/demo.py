@@ -9,6 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import update_bn
 
 from mixture_core.config import as_integer, integer
 from mixture_torch.app.report import Report, summarise
@@ -18,16 +19,17 @@ from mixture_torch.estimator import MixtureStats
 from mixture_torch.losses import NTXentLoss
 
 N_DIGITS = 10
-MIXTURE = MixtureRuntimeConfig(enabled=True, K=N_DIGITS)
+# The embeddings move fast in a run of 240 steps: at 0.95 the means lag, and inertia is up to 1.09 times the best.
+MIXTURE = MixtureRuntimeConfig(enabled=True, K=N_DIGITS, ema_decay=0.9)
 
-# With these the embeddings of ten seeds out of ten fall into their digits; stronger views blur them for k-means.
+# With these the embeddings fall into their digits; stronger views blur them for k-means.
 ROTATION = 10.0  # degrees either way
 SHIFT = 0.3  # pixels either way, of 8
 NOISE = 0.1  # standard deviation; ink is 1
 ERASED = 2  # side of the erased square, in pixels
 ERASE_SHARE = 0.5  # of the views
 
-WIDTH = 16  # channels of the encoder's first layer
+WIDTH = 256  # of the encoder's hidden layers
 EMBEDDING = 32  # D
 TEMPERATURE = 0.3
 LEARNING_RATE = 3e-3
@@ -65,7 +67,8 @@ class Job:
     steps: Iterator[TrainingStep]
 
     def embeddings(self) -> Tensor:
-        """Returns the embeddings of all images as they are, (1797, D) of norm 1: no views, no batch statistics."""
+        """Returns the embeddings of all images as they are, (1797, D) of norm 1, by all images' batch statistics."""
+        update_bn([self.images], self.encoder)  # the running averages of a short run are still those of its start
         self.encoder.eval()
         with torch.no_grad():
             return functional.normalize(self.encoder(self.images), dim=1)
@@ -136,24 +139,23 @@ def load_images(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def make_encoder(*, seed: int) -> nn.Module:
-    """Returns three convolutions and SimCLR's projection head, on the CPU, with the global generator untouched."""
+    """Returns two hidden layers and a projection, on the CPU, with the global generator untouched.
+
+    No convolutions: the pixels of these small images keep digits together from the first step on, and so a mixture
+    that starts there is still a good one when the encoder is trained.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
-            *_convolution(1, WIDTH, stride=1),
-            *_convolution(WIDTH, 2 * WIDTH, stride=2),
-            *_convolution(2 * WIDTH, 4 * WIDTH, stride=2),
             nn.Flatten(),
-            nn.Linear(16 * WIDTH, 4 * WIDTH),
-            nn.BatchNorm1d(4 * WIDTH),
+            nn.Linear(8 * 8, WIDTH),
+            nn.BatchNorm1d(WIDTH),
             nn.ReLU(),
-            nn.Linear(4 * WIDTH, EMBEDDING),
+            nn.Linear(WIDTH, WIDTH),
+            nn.BatchNorm1d(WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, EMBEDDING),
         )
-
-
-def _convolution(channels_in: int, channels_out: int, *, stride: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False)
-    return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
 def _global_batch(demo: DemoConfig, place: Place) -> int:
