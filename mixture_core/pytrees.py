@@ -44,6 +44,6 @@ def pytree(cls: type[Record]) -> type[Record]:
         values = dict(zip(child_names, children, strict=True)) | dict(zip(static_names, context, strict=True))
         return cls(**values)
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[method-assign]  # what the decorator is for
     _pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
     return cls

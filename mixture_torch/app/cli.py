@@ -40,7 +40,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="mixture-diagnostics", standalone_mode=False) or 0
     except UsageError as error:
-        _complain(error.format_message())  # type: ignore[attr-defined]
+        _complain(error.format_message())  # type: ignore[attr-defined]  # see UsageError
         return 2
 
 
