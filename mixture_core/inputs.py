@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CENTER_ROWS = 32
+SAMPLE = 27  # rows, a power of 3
 
 
 def as_tensor(value: Any, *, name: str) -> Tensor:
@@ -77,26 +77,71 @@ def usable_rows(x: Tensor) -> Tensor:
     A row is usable if no entry is NaN or infinite, or so large that a sum of squares over a batch could overflow:
     beyond 2^-20 times the square root of the type's largest number, which is 1.8e13 in float32.
     """
-    bound: float = torch.finfo(x.dtype).max ** 0.5 * 2.0**-20
-    return (x.abs() <= bound).all(dim=-1)
+    bound = largest_usable(x.dtype)
+    return (x.amax(dim=-1) <= bound) & (x.amin(dim=-1) >= -bound)  # a NaN is the largest and the least of its row
 
 
-def center_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns which rows are usable, (N, 1) bool; a point among them, (D,); and x about that point, (N, D).
+def rows_not_all_usable(x: Tensor) -> Tensor | None:
+    """Returns `usable_rows`, or None where one may look and all are: most batches are good, and need no masks."""
+    if looks(x) and torch.linalg.vector_norm(x) <= largest_usable(x.dtype):
+        return None
+    return usable_rows(x)
+
+
+def largest_usable(dtype: torch.dtype) -> float:
+    """Returns the size up to which an entry of a row may be used."""
+    largest: float = torch.finfo(dtype).max ** 0.5 * 2.0**-20
+    return largest
+
+
+def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
+    """Returns a point amid the usable rows, (D,); 0 where there is none.
 
     Sums of squares lose all digits of embeddings that are far from 0. They do not about a point among the embeddings,
-    which is here the median, coordinate by coordinate, of 32 rows: unlike a mean it stays there beside rows that are
-    far out, and unlike the centroids it goes with a collapse. Rows that are not usable are 0 in the result.
+    which is here the remedian, coordinate by coordinate, of 27 rows: unlike a mean it stays there beside rows that are
+    far out, and unlike the centroids it goes with a collapse.
 
     Args:
         x: (N, D) embeddings.
+        usable: (N,) bool; None where all are.
+
+    Rousseeuw and Bassett, "The remedian: a robust averaging method for large data sets" (1990), with base 3.
     """
-    usable = usable_rows(x)
-    if x.shape[0] == 0:
-        return usable[:, None], x.new_zeros(x.shape[1]), x
-    count = usable.sum()
-    usable_first = usable.to(torch.int8).sort(descending=True, stable=True).indices
-    spread = torch.arange(CENTER_ROWS, device=x.device) * count // CENTER_ROWS
-    rows = x.detach().index_select(0, usable_first.gather(0, spread)).sort(dim=0).values
-    center = torch.where(count > 0, rows[CENTER_ROWS // 2], 0.0)
-    return usable[:, None], center, torch.where(usable[:, None], x - center, 0.0)
+    N = x.shape[0]
+    if N == 0:
+        return x.new_zeros(x.shape[1])
+    if usable is None and N >= SAMPLE:
+        return _remedian(x[:: N // SAMPLE][:SAMPLE])
+    seen = torch.arange(1, N + 1, device=x.device) if usable is None else usable.cumsum(dim=0)
+    spread = torch.arange(SAMPLE, device=x.device) * seen[-1] // SAMPLE
+    rows = torch.searchsorted(seen, spread + 1).clamp(max=N - 1)  # past the end where no row is usable
+    return torch.where(seen[-1] > 0, _remedian(x.detach().index_select(0, rows)), 0.0)
+
+
+def _remedian(rows: Tensor) -> Tensor:
+    """Medians of three of medians of three, and so on, of the rows (3^n, D), coordinate by coordinate: (D,)."""
+    while rows.shape[0] > 1:
+        a, b, c = rows.chunk(3)
+        rows = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+    return rows[0]
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Returns whether torch does nothing with these tensors but compute: no gradient, transform, tracing or compiler.
+
+    Only then may code write to given memory.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(tensor) is Tensor and not tensor.is_neg() for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        # torch has no public way to ask for these three
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def looks(*tensors: Tensor) -> bool:
+    """Returns whether code may look at the numbers in these tensors, and branch on them: on the CPU nobody waits."""
+    return tensors[0].device.type == "cpu" and is_plain(*tensors)

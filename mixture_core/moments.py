@@ -4,11 +4,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from mixture_core.inputs import as_embeddings, as_tensor, center_rows
+from mixture_core import kernels
+from mixture_core.inputs import is_plain, looks
 from mixture_core.pytrees import pytree
-from mixture_core.scatter import component_means, component_scatter, safe_divide
 
-SQUARINGS = 16  # the spectrum's 65,536th power: what is left of a tie is below float32's resolution
+# Four times four squarings: the spectrum's 65,536th power leaves of a near tie less than float32 can tell.
+ROUNDS, SQUARINGS = 4, 4
+SMALLEST_TRACE = 1e-35  # of a power of a matrix that is not 0
 
 
 @pytree
@@ -42,20 +44,18 @@ class Moments:
     @property
     def B(self) -> Tensor:
         """Between-component covariance, (D, D): sum_k pi_k (mu_k - m)(mu_k - m)^T with m = sum_k pi_k mu_k."""
-        factor = self._between_factor()
+        factor = _between_factor(self.pi, self.mean)
         return factor.mT @ factor
 
     @property
     def trace_B(self) -> Tensor:
         """Variance between components, (): the trace of B."""
-        return (self.pi * self._deviation().square().sum(dim=-1)).sum(dim=-1)
+        return _between_factor(self.pi, self.mean).square().sum(dim=(-2, -1))
 
     @property
     def opnorm_B(self) -> Tensor:
         """Variance between components along the direction that has most of it, (): the operator norm of B."""
-        factor = self._between_factor()
-        K, D = factor.shape[-2:]
-        return _largest_eigenvalue(factor @ factor.mT if K <= D else factor.mT @ factor)
+        return _squared_norm(_between_factor(self.pi, self.mean))
 
     @property
     def participation_ratio(self) -> Tensor:
@@ -67,18 +67,6 @@ class Moments:
         total = within + self.B
         unit = safe_divide(total, _trace(total)[..., None, None])  # squares of the total itself could overflow
         return safe_divide(_trace(unit).square(), unit.square().sum(dim=(-2, -1)))
-
-    def _deviation(self) -> Tensor:
-        """Means about their weighted mean, (K, D); centred twice, since pi sums to 1 only up to rounding."""
-        pi = self.pi[..., None]
-        once = self.mean - (pi * self.mean).sum(dim=-2, keepdim=True)
-        return once - (pi * once).sum(dim=-2, keepdim=True)
-
-    def _between_factor(self) -> Tensor:
-        """A = sqrt(pi) (mu - m), (K, D), so that B = A^T A; with a finite gradient where pi is 0."""
-        pi = self.pi[..., None]
-        root = torch.where(pi > 0, torch.where(pi > 0, pi, 1.0).sqrt(), 0.0)
-        return root * self._deviation()
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -120,43 +108,41 @@ def decay(moments: Moments, factor: float | Tensor) -> Moments:
     return Moments(weight=moments.weight * factor, mean=moments.mean, covariance=moments.covariance)
 
 
-def batch_moments(x: Tensor, R: Tensor) -> Moments:
-    """Returns the moments of one batch under given responsibilities.
+def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Returns the quotient where the denominator is positive and 0 elsewhere, with finite gradients everywhere."""
+    if denominator.numel() == 1 and looks(denominator) and denominator > 0:
+        return numerator / denominator
+    positive = denominator > 0
+    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
 
-    With w_k = sum_n R_nk: mean_k = sum_n R_nk x_n / w_k and covariance_k = sum_n R_nk (x_n - mean_k)(x_n - mean_k)^T
-    / w_k, by the corrected two-pass algorithm (Chan, Golub and LeVeque 1983, equation 1.7). A component without weight
-    has mean and covariance 0. Rows that are not finite count for nothing.
 
-    Args:
-        x: (N, D) embeddings, tensor or NumPy array.
-        R: (N, K) responsibilities, any non-negative numbers.
+def figures(moments: Moments) -> Tensor:
+    """Returns the least and the largest of pi, trace_B and opnorm_B, (4,): what is logged of a step, in one go."""
+    weight, mean = moments.weight, moments.mean
+    if is_plain(weight, mean) and kernels.usable_on(mean) and len(weight) <= kernels.MAX_SUMMARY_K:
+        return kernels.summary(weight, mean)
+    pi = moments.pi
+    factor = _between_factor(pi, moments.mean)
+    return torch.stack([*pi.aminmax(), factor.square().sum(), _squared_norm(factor)])
 
-    Raises:
-        TypeError: An argument is neither tensor nor array, or complex.
-        ValueError: A shape is wrong.
-    """
-    x = as_embeddings(x, name="x")
-    R = as_tensor(R, name="R")
-    if R.is_complex():
-        raise TypeError(f"`R` must be real numbers, got {R.dtype}.")
-    if R.ndim != 2 or R.shape[0] != x.shape[0] or R.shape[1] < 1:
-        raise ValueError(f"`R` must have shape ({x.shape[0]}, K), one row per embedding, got {tuple(R.shape)}.")
-    usable, center, centered = center_rows(x)
-    R = torch.where(usable, R.to(x.dtype), 0.0)
-    weight = R.sum(dim=0)
-    mean = torch.where(weight[:, None] > 0, center + component_means(centered, R), 0.0)
-    # About the means themselves: differences from them are exact, and what rounding took from them is in `sums`.
-    sums, scatter = component_scatter(torch.where(usable, x, 0.0), R, mean)
-    lost = safe_divide(sums, weight[:, None])
-    return Moments(
-        weight=weight,
-        mean=mean + lost,
-        covariance=safe_divide(scatter, weight[:, None, None]) - lost[:, :, None] * lost[:, None, :],
-    )
+
+def _between_factor(pi: Tensor, mean: Tensor) -> Tensor:
+    """A = sqrt(pi) (mu - m), (K, D), so that B = A^T A; with a finite gradient where pi is 0."""
+    pi = pi[..., None]
+    # Centred twice, since pi sums to 1 only up to rounding.
+    once = mean - pi.mT @ mean
+    deviation = once - pi.mT @ once
+    positive = pi > 0
+    return torch.where(positive, torch.where(positive, pi, 1.0).sqrt(), 0.0) * deviation
 
 
 def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def _squared_norm(A: Tensor) -> Tensor:
+    """The largest eigenvalue of A^T A, (...,), from the smaller of the two products of A (..., K, D) with itself."""
+    return _largest_eigenvalue(A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A)
 
 
 def _largest_eigenvalue(G: Tensor) -> Tensor:
@@ -167,10 +153,16 @@ def _largest_eigenvalue(G: Tensor) -> Tensor:
     Args:
         G: (..., M, M).
     """
-    scale = _trace(G)[..., None, None]
-    unit = safe_divide(G, scale)
+    if looks(G):
+        spectrum: Tensor = torch.linalg.eigvalsh(G)
+        return spectrum[..., -1]
+    # With a trace of about sqrt(M) the largest eigenvalue is between M^-0.5 and M^0.5: its 16th power is a float32.
+    root = 2.0 ** (G.shape[-1].bit_length() // 2)  # a power of 2, which rounds nothing
+    scale = _trace(G)
+    unit = safe_divide(G, scale[..., None, None]) * root
     P = unit
-    for _ in range(SQUARINGS):
-        P = P @ P
-        P = safe_divide(P, _trace(P)[..., None, None])
-    return (unit * P).sum(dim=(-2, -1)) * scale[..., 0, 0]
+    for _ in range(ROUNDS):
+        for _ in range(SQUARINGS):
+            P = P @ P
+        P = P / (_trace(P)[..., None, None] * (1 / root)).clamp(min=SMALLEST_TRACE)
+    return (unit * P).sum(dim=(-2, -1)) * scale * root**-2

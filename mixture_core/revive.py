@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
-from mixture_core.inputs import usable_rows
-from mixture_core.moments import Moments
-from mixture_core.scatter import safe_divide
+from mixture_core import kernels
+from mixture_core.inputs import is_plain, looks
+from mixture_core.moments import Moments, safe_divide
 
 OUTLIERS = 20  # of so many rows one, the farthest from its mean, draws no component to it
 
 
-def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_below: float) -> tuple[Moments, Tensor]:
+def revive(
+    moments: Moments, batch_mean: Tensor, x: Tensor, index: Tensor, R: Tensor, *, revive_below: float
+) -> tuple[Moments, Tensor]:
     """Returns the moments with at most one dead component moved to where the batch fits worst, and how many moved.
 
     Dead is the lightest component if its share of the weight is below revive_below / K. Of the rows, the one that lies
@@ -21,27 +23,35 @@ def revive(moments: Moments, batch: Moments, x: Tensor, R: Tensor, *, revive_bel
 
     Args:
         moments: After the step.
-        batch: The moments of the step's batch.
+        batch_mean: (K, D) of the step's batch.
         x: (N, D) the step's embeddings.
-        R: (N, K) its hard responsibilities.
+        index: (N,) the component of each row, K where it counts for nothing.
+        R: (N, K) the same as responsibilities.
         revive_below: Share, times K, under which a component is dead.
     """
     N, K = R.shape
     if N == 0:
         return moments, torch.zeros((), dtype=torch.int64, device=x.device)
-    used = usable_rows(x)
-    difference = torch.where(used[:, None], x - R @ batch.mean, 0.0)
+    if is_plain(moments.weight, x) and kernels.usable_on(x):
+        m = moments
+        return m, kernels.revive(
+            m.weight, m.mean, m.covariance, batch_mean, x.contiguous(), index, revive_below=revive_below
+        )
+    dead = moments.weight.min() < moments.weight.sum() * (revive_below / K)
+    if looks(dead) and not dead:  # elsewhere nobody may look
+        return moments, torch.zeros((), dtype=torch.int64, device=x.device)
+    lightest = moments.weight.argmin()
+    used = index < K
+    difference = torch.where(used[:, None], x - R @ batch_mean, 0.0)
     distance = torch.where(used, difference.square().sum(dim=1), -1.0)
     rank = used.sum() // OUTLIERS
     row = distance.sort(descending=True, stable=True).indices.gather(0, rank[None])
     far, direction, own = distance.gather(0, row), difference.index_select(0, row)[0], R.index_select(0, row)[0]
     side = ((R @ own > 0) & (distance <= far) & (difference @ direction > 0)).to(x.dtype)
-    target = own @ batch.mean + safe_divide(side @ difference, side.sum())
+    target = own @ batch_mean + safe_divide(side @ difference, side.sum())
 
-    lightest = moments.weight.argmin()
-    dead = moments.pi.gather(0, lightest[None]) < revive_below / K
-    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (own @ batch.mean).square().sum()
-    moves = (dead & (far > rounding))[0]
+    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (own @ batch_mean).square().sum()
+    moves = dead & (far > rounding)[0]
     moved = moves & (torch.arange(K, device=x.device) == lightest)
     return Moments(
         weight=torch.where(moved, 0.0, moments.weight),

@@ -4,12 +4,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from mixture_core.assign import kmeans_plusplus, lloyd, responsibilities_from_labels
+from mixture_core.assign import kmeans_plusplus, labelled, nearest_means
 from mixture_core.config import MixtureConfig
-from mixture_core.inputs import as_embeddings, as_labels, usable_rows
-from mixture_core.moments import Moments, batch_moments, decay, merge
+from mixture_core.grouped import Workspace
+from mixture_core.inputs import as_embeddings, as_labels, looks
+from mixture_core.moments import Moments, decay
 from mixture_core.pytrees import STATIC, pytree
 from mixture_core.revive import revive
+from mixture_core.scatter import absorb
 from mixture_core.stats import StepStats
 
 
@@ -71,16 +73,37 @@ def step(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None) 
         TypeError: An argument is of the wrong type.
         ValueError: A shape is wrong, or labels are missing.
     """
+    return advance(state, embeddings, labels)
+
+
+def advance(
+    state: MixtureState, embeddings: Tensor, labels: Tensor | None = None, *, work: Workspace | None = None
+) -> tuple[MixtureState, StepStats]:
+    """Does what `step` does, and may write to given memory, as in `absorb`.
+
+    Args:
+        state: From `init` or the step before.
+        embeddings: As in `step`.
+        labels: As in `step`.
+        work: Memory, as in `absorb`; None is new memory. Where it is given, only the lower triangle of the new
+            covariance is right, and only that of the state's has to be.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A shape is wrong, or labels are missing.
+    """
     config = state.config
     x, moments = _match(state, embeddings)
-    R = _responsibilities(config, x, moments, labels, iterations=config.max_assign_iters)
-    ignored = R.sum(dim=1) == 0
-    batch = batch_moments(x, R)
-    new = merge(_history(config, moments, idle=ignored.all()), batch)
-    n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
+    index, R = _members(config, x, moments, labels, iterations=config.max_assign_iters, work=work)
+    ignored = index == config.K
+    n_ignored = ignored.sum()
+    history = _history(config, moments, idle=n_ignored == x.shape[0])
+    new, batch_mean = absorb(history, x, index, work=work)
     if config.averages and not config.uses_labels and config.revive_below > 0:
-        new, n_revived = revive(new, batch, x, R, revive_below=config.revive_below)
-    stats = StepStats(moments=new, R=R, n_ignored=ignored.sum(), n_revived=n_revived)
+        new, n_revived = revive(new, batch_mean, x, index, R, revive_below=config.revive_below)
+    else:
+        n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
+    stats = StepStats(moments=new, R=R, n_ignored=n_ignored, n_revived=n_revived)
     return MixtureState(config=config, moments=new), stats
 
 
@@ -97,25 +120,32 @@ def assign(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None
         ValueError: A shape is wrong, or labels are missing.
     """
     x, moments = _match(state, embeddings)
-    return _responsibilities(state.config, x, moments, labels, iterations=1)
+    return _members(state.config, x, moments, labels, iterations=1, work=None)[1]
 
 
 def _match(state: MixtureState, embeddings: Tensor) -> tuple[Tensor, Moments]:
     """Embeddings and moments in one type: float64 if either is."""
     m = state.moments
     x = as_embeddings(embeddings, D=m.mean.shape[1])
+    if x.dtype == m.mean.dtype:
+        return x, m
     dtype = torch.promote_types(x.dtype, m.mean.dtype)
     return x.to(dtype), Moments(weight=m.weight.to(dtype), mean=m.mean.to(dtype), covariance=m.covariance.to(dtype))
 
 
-def _responsibilities(
-    config: MixtureConfig, x: Tensor, moments: Moments, labels: Tensor | None, *, iterations: int
-) -> Tensor:
-    if not config.uses_labels:
-        return lloyd(x, moments.mean, iterations=iterations)[0]
-    labels = as_labels(labels, N=x.shape[0], device=x.device)
-    R = responsibilities_from_labels(labels, config.K).to(x.dtype)
-    return torch.where(usable_rows(x)[:, None], R, 0.0)
+def _members(
+    config: MixtureConfig,
+    x: Tensor,
+    moments: Moments,
+    labels: Tensor | None,
+    *,
+    iterations: int,
+    work: Workspace | None,
+) -> tuple[Tensor, Tensor]:
+    """The component of each row, (N,), K where it counts for nothing; and the same as R, (N, K)."""
+    if config.uses_labels:
+        return labelled(x, as_labels(labels, N=x.shape[0], device=x.device), config.K)
+    return nearest_means(x, moments.mean, iterations=iterations, work=work)
 
 
 def _history(config: MixtureConfig, moments: Moments, *, idle: Tensor) -> Moments:
@@ -123,6 +153,8 @@ def _history(config: MixtureConfig, moments: Moments, *, idle: Tensor) -> Moment
 
     An idle step, one without a usable row, decays and forgets nothing.
     """
+    if config.averages and looks(idle, moments.weight) and not idle:
+        return decay(moments, config.ema_decay)
     if config.averages:
         return decay(moments, torch.where(idle, 1.0, moments.weight.new_full((), config.ema_decay)))
     keep = idle.to(moments.weight.dtype)

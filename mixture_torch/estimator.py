@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
 from mixture_core import MixtureState
+from mixture_core.grouped import complete_
 from mixture_core.inputs import usable_rows
-from mixture_torch.batches import as_plain_embeddings, receive
+from mixture_core.step import advance
+from mixture_torch.batches import Batch, as_plain_embeddings, receive, refuse
 from mixture_torch.checkpoint import from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.precision import exact, full_float32
-from mixture_torch.recorder import Recorder
+from mixture_torch.memory import Memory
+from mixture_torch.precision import full_float32
+from mixture_torch.recorder import Recorder, Report
 
 DEFAULTS = MixtureRuntimeConfig()
 CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one
@@ -91,6 +94,8 @@ class MixtureStats:
         self._state: MixtureState | None = None
         self._waiting: Tensor | None = None  # (n, D) rows that came before there were enough to start from
         self._stats = NOTHING
+        self._report: Report | None = None
+        self._memory = Memory()
         self._warned = False
 
     @classmethod
@@ -128,8 +133,12 @@ class MixtureStats:
 
     @property
     def state(self) -> MixtureState | None:
-        """What the next update starts from; None before the first."""
-        return self._state
+        """What the next update starts from, as a copy; None before the first."""
+        if self._state is None:
+            return None
+        state: MixtureState = tree_map(torch.clone, self._state)
+        complete_(state.moments.covariance)
+        return state
 
     @property
     def stats(self) -> Mapping[str, Tensor]:
@@ -157,18 +166,22 @@ class MixtureStats:
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
+        self._settle(but=1)
         with full_float32(embeddings):
-            D = None if self._state is None else self._state.moments.mean.shape[1]
-            x, labels = receive(self._config, embeddings, labels, D=D)
-            state, waiting = self._start(x)
-            state, stats = mixture_core.step(state, x, labels)
-            n_ignored = int(stats.n_ignored)
-            if n_ignored and self._config.strict:
-                raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(x))}.")
-            self._state, self._waiting, self._stats = state, waiting, exact(stats)
-        if n_ignored and not self._warned:
-            self._warned = True
-            warnings.warn(f"{_ignored(n_ignored, len(x))}; said once, `n_ignored` counts them.", stacklevel=CALLER)
+            batch = self._receive(embeddings, labels)
+            start, waiting = self._start(batch.x)
+            before = start.moments.covariance
+            state, stats = advance(start, batch.x, batch.labels, work=self._memory.lend(before, N=len(batch.x)))
+            on_gpu = batch.x.is_cuda
+            if self._config.strict and (n_ignored := int(stats.n_ignored)):
+                raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(batch.x))}.")
+            self._state, self._waiting = state, waiting
+            self._stats, self._report = self._memory.hand_out(stats, before=before), None
+            if on_gpu:
+                self._report = Report(self._stats, wrong_label=batch.wrong_label)
+                self._recorder.expect(self._report)
+        if not on_gpu:
+            self._warn_of_ignored(int(stats.n_ignored), len(batch.x), stacklevel=CALLER)
         return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
@@ -193,7 +206,10 @@ class MixtureStats:
             raise TypeError(f"`stats` must be what `update` returned, got {type(stats).__name__}.")
         if not stats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
-        self._recorder.record(stats, step=step, epoch=epoch)
+        report = self._report if stats is self._stats else None
+        with full_float32(stats.get("R")):
+            self._recorder.record(stats, report, step=step, epoch=epoch)
+        self._settle(but=1 if stats["R"].is_cuda else 0)
 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns R, (N, K) float32: each row's nearest mean as it stands, or its label, with no update of anything.
@@ -217,7 +233,7 @@ class MixtureStats:
 
         `torch.load` reads it back with its safe defaults.
         """
-        return to_state_dict(self._config.core, self._state, self._waiting)
+        return to_state_dict(self._config.core, self.state, self._waiting)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a state_dict.
@@ -237,6 +253,7 @@ class MixtureStats:
         Raises:
             OSError: A file could not be written.
         """
+        self._settle()
         self._recorder.flush()
 
     def close(self) -> None:
@@ -245,6 +262,7 @@ class MixtureStats:
         Raises:
             OSError: A file could not be written.
         """
+        self._settle()
         self._recorder.close()
 
     def __enter__(self) -> "MixtureStats":
@@ -254,6 +272,24 @@ class MixtureStats:
     def __exit__(self, *_: object) -> None:
         """Closes the files."""
         self.close()
+
+    def _receive(self, embeddings: Tensor, labels: Tensor | None) -> Batch:
+        D = None if self._state is None else self._state.moments.mean.shape[1]
+        return receive(self._config, embeddings, labels, D=D)
+
+    def _settle(self, *, but: int = 0) -> None:
+        """Writes what has been logged and says what there is to say, but for that many of the latest updates."""
+        for report in self._recorder.arrived(but=but):
+            at = "an update that was not logged" if report.step is None else f"step {report.step}"
+            if report.wrong_label is not None:
+                refuse(report.wrong_label, self._config.K, at=at)
+            self._warn_of_ignored(report.n_ignored, report.N, stacklevel=CALLER, at=at)
+
+    def _warn_of_ignored(self, n_ignored: int, N: int, *, stacklevel: int, at: str = "") -> None:
+        if n_ignored and not self._warned:
+            self._warned = True
+            said = f"{_ignored(n_ignored, N)}{at and ' at '}{at}; said once, `n_ignored` counts them."
+            warnings.warn(said, stacklevel=stacklevel + 1)
 
     def _start(self, x: Tensor) -> tuple[MixtureState, Tensor | None]:
         """The state that this batch's step starts from, and the rows that go on waiting for more to start from."""
@@ -273,6 +309,8 @@ class MixtureStats:
 
 
 def _to_device(state: MixtureState, device: torch.device) -> MixtureState:
+    if state.moments.weight.device == device:
+        return state
     moved: MixtureState = tree_map(lambda tensor: tensor.to(device), state)
     return moved
 

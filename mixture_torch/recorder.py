@@ -1,21 +1,69 @@
-"""What of the estimator goes to disk, on which rank, and when the files are complete."""
+"""What of the estimator goes to disk, on which rank, when it has come from the device, and when files are complete."""
 
 import operator
 import os
 import weakref
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mixture_core import StepStats
+from mixture_core.moments import figures
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import is_main_rank
 from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 
 RECORDED = ("pi", "trace_B", "opnorm_B", "R")
-Scores: TypeAlias = AppendScores | PerStepScores
+
+
+class Report:
+    """What the host has to know of one update; from a GPU it comes without anybody's waiting, a little later.
+
+    Args:
+        stats: Of the update.
+        wrong_label: () int64 as in `Batch`, None where there can be none.
+    """
+
+    def __init__(self, stats: Mapping[str, Tensor], *, wrong_label: Tensor | None = None) -> None:
+        self.N, self.K = stats["R"].shape
+        self.step: int | None = None  # None until it is logged
+        self.epoch = 0
+        self.R: Tensor | None = None
+        self._numbers = _to_host(_numbers(stats))
+        self._wrong_label = None if wrong_label is None else _to_host(wrong_label)
+        self._stream = torch.cuda.current_stream(stats["R"].device) if stats["R"].is_cuda else None
+        self._sent = None if self._stream is None else self._stream.record_event()
+
+    def log(self, step: int, epoch: int, R: Tensor | None) -> None:
+        """Makes it a row of the log, with responsibilities (N, K) or without."""
+        self.step, self.epoch = step, epoch
+        if R is not None:
+            self.R = _to_host(R)
+            self._sent = None if self._stream is None else self._stream.record_event()
+
+    def wait(self) -> None:
+        """Returns when everything is here."""
+        if self._sent is not None and not self._sent.query():
+            self._sent.synchronize()
+
+    @property
+    def figures(self) -> list[float]:
+        """pi_min, pi_max, trace_B and opnorm_B; nan where no row was usable: no instrument repeats old readings."""
+        *values, n_ignored = self._numbers.tolist()
+        return [float("nan")] * 4 if n_ignored == self.N else values
+
+    @property
+    def n_ignored(self) -> int:
+        """How many rows were ignored."""
+        return int(self._numbers[-1])
+
+    @property
+    def wrong_label(self) -> int | None:
+        """A label that may be wrong, as in `Batch`."""
+        return None if self._wrong_label is None else int(self._wrong_label)
 
 
 class Recorder:
@@ -44,14 +92,36 @@ class Recorder:
         self._is_main = is_main
         # Absolute: the working directory may change before the first write.
         self._log_dir = None if log_dir is None else Path(log_dir).absolute()
-        self._log: CsvWriter | None = None
-        self._scores: Scores | None = None
+        self._files: _Files | None = None
+        self._expected: deque[Report] = deque()
 
-    def record(self, stats: Mapping[str, Tensor], *, step: int, epoch: int) -> None:
-        """Appends one step.
+    def expect(self, report: Report) -> None:
+        """Keeps a report that is still on its way."""
+        self._expected.append(report)
+
+    def arrived(self, *, but: int = 0) -> Iterator[Report]:
+        """Goes through the reports expected so far, as they arrive; those that are logged have been written.
+
+        Args:
+            but: How many of the latest not to wait for.
+
+        Raises:
+            OSError: A file could not be written.
+            ValueError: A file is not ours.
+        """
+        while len(self._expected) > but:
+            report = self._expected.popleft()
+            report.wait()
+            if self._files is not None:
+                self._files.write(report)
+            yield report
+
+    def record(self, stats: Mapping[str, Tensor], report: Report | None, *, step: int, epoch: int) -> None:
+        """Appends one step, at once or as soon as its report has arrived.
 
         Args:
             stats: What an update returned.
+            report: Of the same update, if it is expected.
             step: The training step, at least 0.
             epoch: The epoch, at least 0.
 
@@ -65,32 +135,24 @@ class Recorder:
             raise ValueError(f"`stats` must be what `update` returned, got a mapping without {', '.join(missing)}.")
         if self._log_dir is None or not self._writes():
             return
-        if self._log is None:
-            self._log = self._open(self._log_dir)
-        if self._scores is not None:  # first: a file that is not ours is refused before anything is written
-            self._scores.append(step, epoch, stats["R"])
-        self._log.append(step, epoch, len(stats["pi"]), _figures(stats))
+        if self._files is None:  # a process that writes no row leaves the folder to those that do
+            self._files = _Files(self._config, self._log_dir)
+            # Whoever never calls `close` finds all files complete all the same.
+            weakref.finalize(self, _finish, self._files, self._expected)
+        if report is None or report.step is not None:
+            report = Report(stats)
+            self.expect(report)
+        report.log(step, epoch, stats["R"] if self._config.store_scores else None)
 
     def flush(self) -> None:
         """Makes all files complete."""
-        for writer in self._writers():
-            writer.flush()
+        if self._files is not None:
+            self._files.flush()
 
     def close(self) -> None:
         """Makes all files complete and closes them; a later `record` opens them again."""
-        _close(self._writers(), os.getpid())
-
-    def _open(self, log_dir: Path) -> CsvWriter:
-        """Makes the writers at the first row: a process that writes none leaves the folder to those that do."""
-        log = CsvWriter(log_dir)
-        if self._config.store_scores:
-            self._scores = AppendScores(log_dir) if self._config.scores_mode == "append" else PerStepScores(log_dir)
-        # Whoever never calls `close` finds all files complete all the same.
-        weakref.finalize(self, _close, [writer for writer in (log, self._scores) if writer is not None], os.getpid())
-        return log
-
-    def _writers(self) -> list[CsvWriter | Scores]:
-        return [writer for writer in (self._log, self._scores) if writer is not None]
+        if self._files is not None:
+            self._files.close()
 
     def _writes(self) -> bool:
         """Decided at the first write: a process group often comes up later than the estimator."""
@@ -99,11 +161,43 @@ class Recorder:
         return self._is_main
 
 
-def _close(writers: list[CsvWriter | Scores], owner: int) -> None:
-    """Closes the writers; a forked child, which has copies of them, leaves them to their owner."""
-    if os.getpid() == owner:
-        for writer in writers:
-            writer.close()
+class _Files:
+    """The files of one run folder."""
+
+    def __init__(self, config: MixtureRuntimeConfig, log_dir: Path) -> None:
+        self._log = CsvWriter(log_dir)
+        self._scores: AppendScores | PerStepScores | None = None
+        if config.store_scores:
+            self._scores = AppendScores(log_dir) if config.scores_mode == "append" else PerStepScores(log_dir)
+        self._writers = [writer for writer in (self._log, self._scores) if writer is not None]
+        self._owner = os.getpid()
+
+    def write(self, report: Report) -> None:
+        """Appends a report that is here, if it is logged."""
+        if report.step is None:
+            return
+        if self._scores is not None and report.R is not None:  # first: who is not ours is refused before any writing
+            self._scores.append(report.step, report.epoch, report.R)
+        self._log.append(report.step, report.epoch, report.K, report.figures)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        """Closes the files; a forked child, which has copies of the writers, leaves them to their owner."""
+        if os.getpid() == self._owner:
+            for writer in self._writers:
+                writer.close()
+
+
+def _finish(files: _Files, expected: deque[Report]) -> None:
+    """What `flush` and `close` do, for an estimator that is gone."""
+    while expected:
+        report = expected.popleft()
+        report.wait()
+        files.write(report)
+    files.close()
 
 
 def _as_count(name: str, value: int) -> int:
@@ -120,10 +214,17 @@ def _as_count(name: str, value: int) -> int:
     return count
 
 
-def _figures(stats: Mapping[str, Tensor]) -> list[float]:
-    """pi_min, pi_max, trace_B and opnorm_B; nan where no row was usable: an instrument does not repeat old readings."""
-    if not stats["R"].any():
-        return [float("nan")] * 4
-    pi = stats["pi"]
-    figures: list[float] = torch.stack([pi.min(), pi.max(), stats["trace_B"], stats["opnorm_B"]]).tolist()
-    return figures
+def _numbers(stats: Mapping[str, Tensor]) -> Tensor:
+    """pi_min, pi_max, trace_B, opnorm_B, and how many rows were ignored, (5,)."""
+    if isinstance(stats, StepStats):
+        logged, n_ignored = figures(stats.moments), stats.n_ignored
+    else:  # `stats` that went through a dict
+        pi = stats["pi"]
+        logged = torch.stack([pi.min(), pi.max(), stats["trace_B"], stats["opnorm_B"]])
+        n_ignored = (stats["R"].sum(dim=1) == 0).sum()
+    return torch.cat([logged, n_ignored.to(logged.dtype)[None]])
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, which is there when the device has come so far: pinned memory, nobody waits."""
+    return tensor.to("cpu", non_blocking=True)

@@ -1,0 +1,132 @@
+"""How much memory one update takes beyond what is there before it."""
+
+import multiprocessing
+import re
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases
+from benchmarks.cases import CAN_COMPILE, Settings, Size
+from benchmarks.pages import NONE, Table
+from mixture_torch import MixtureStats
+
+TITLE = "Peak memory"
+SIZE, QUICK_SIZE = Size(8192, 2048, 64), Size(2048, 256, 8)
+FLOAT32 = 4  # bytes
+TIMES_X = 4  # what an update may take beyond the new state, in batches
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def tables(settings: Settings) -> list[Table]:
+    """Returns one table: the peak with and without the last statistics in the caller's hands."""
+    if settings.device.type == "cpu" and not CLEAR.exists():
+        return [Table(title="Peak memory of one update", remarks=("Not measured: it takes Linux's /proc.",))]
+    size = QUICK_SIZE if settings.quick else SIZE
+    ways = [(held, compiled) for compiled in _compiled(settings) for held in (False, True)]
+    rows = [_row(settings, size, held=held, compile=compiled) for held, compiled in ways]
+    state, batch = _megabytes(_state_bytes(size)), _megabytes(_batch_bytes(size))
+    return [
+        Table(
+            title=f"Peak memory of one update at N = {size.N}, D = {size.D}, K = {size.K}",
+            header=("last statistics", "compiled", "peak, MB", "new state, MB", "beyond it, MB", "beyond it, times x"),
+            rows=tuple(rows),
+            remarks=(
+                f"What an update takes at its peak, beyond the old state ({state} MB) and the batch x ({batch} MB). "
+                f"The bar is the new state and {TIMES_X} times x.",
+                "On CUDA, what torch allocated; on CPU, resident memory of a process of its own.",
+            ),
+        )
+    ]
+
+
+def _compiled(settings: Settings) -> list[bool]:
+    return [False, True] if CAN_COMPILE and settings.device.type == "cuda" else [False]
+
+
+def _row(settings: Settings, size: Size, *, held: bool, compile: bool) -> tuple[str, ...]:
+    if settings.device.type == "cuda":
+        peak = peak_on_cuda(size, held=held, compile=compile)
+    else:
+        peak = _in_a_process_of_its_own(size, held=held)
+    beyond = peak - _state_bytes(size)
+    times = f"{beyond / _batch_bytes(size):.2f}"
+    figures = _megabytes(peak), _megabytes(_state_bytes(size)), _megabytes(beyond), times
+    return ("held" if held else "not held", "yes" if compile else NONE, *figures)
+
+
+def peak_on_cuda(size: Size, *, held: bool, compile: bool) -> int:
+    """Returns the bytes that an update allocates at its peak beyond what is allocated before it.
+
+    Args:
+        size: N, D and K.
+        held: Whether a variable holds the statistics of the update before.
+        compile: Whether the estimator compiles its step.
+    """
+    device = torch.device("cuda")
+    batches, _ = cases.draw(size, device=device)
+    estimator = MixtureStats(K=size.K, enabled=True, **({"compile": True} if compile else {}))  # type: ignore[arg-type]  # by name
+    kept = _settle(estimator, batches, held=held)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    estimator.update(batches[-1])
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept, estimator, batches
+    torch.cuda.empty_cache()
+    return peak
+
+
+def peak_on_cpu(size: Size, held: bool) -> int:
+    """Returns the bytes by which an update raises the resident memory of this process at its peak.
+
+    Args:
+        size: N, D and K.
+        held: Whether a variable holds the statistics of the update before.
+    """
+    torch.set_num_threads(1)
+    batches, _ = cases.draw(size, device=torch.device("cpu"))
+    estimator = MixtureStats(K=size.K, enabled=True)
+    kept = _settle(estimator, batches, held=held)
+    CLEAR.write_text("5")  # makes the peak start anew from what is resident now
+    before = _status("VmRSS")
+    estimator.update(batches[-1])
+    peak = _status("VmHWM") - before
+    del kept
+    return peak
+
+
+def _settle(estimator: MixtureStats, batches: list[Tensor], *, held: bool) -> Mapping[str, Tensor] | None:
+    stats = None
+    for batch in batches:
+        stats = estimator.update(batch)
+    return stats if held else None
+
+
+def _in_a_process_of_its_own(size: Size, *, held: bool) -> int:
+    # Spawned, since a forked one would begin with this one's memory.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(peak_on_cpu, size, held).result()
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert found is not None  # Linux always has it
+    return int(found[1]) * 1024
+
+
+def _state_bytes(size: Size) -> int:
+    return FLOAT32 * size.K * (1 + size.D + size.D * size.D)
+
+
+def _batch_bytes(size: Size) -> int:
+    return FLOAT32 * size.N * size.D
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f}"

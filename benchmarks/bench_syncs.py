@@ -1,0 +1,64 @@
+"""How often a step makes the host wait for the GPU."""
+
+import warnings
+
+import torch
+
+from benchmarks import cases
+from benchmarks.cases import COMPILED, ESTIMATOR, READ, TEXTBOOK, Run, Settings, Size
+from benchmarks.pages import NONE, Table
+from benchmarks.timing import warm_up
+
+TITLE = "Syncs"
+SIZE = Size(4096, 128, 8)
+STEPS = 100
+
+
+def tables(settings: Settings) -> list[Table]:
+    """Returns one table, or a sentence where there is no GPU to wait for."""
+    title = f"Syncs per step over {STEPS} steps"
+    if settings.device.type != "cuda":
+        return [Table(title=title, remarks=("Not applicable: on a CPU there is nothing to wait for.",))]
+    names = (ESTIMATOR, READ, *([COMPILED] if cases.CAN_COMPILE else []), TEXTBOOK)
+    with cases.competitors(SIZE, names, device=settings.device) as runs:
+        warm_up(runs, steps=settings.warmups)
+        rows = [(name, f"{syncs(run):g}", NONE if name == TEXTBOOK else outcome(run)) for name, run in runs.items()]
+    return [
+        Table(
+            title=title,
+            header=("what", "syncs per step", 'under `set_sync_debug_mode("error")`'),
+            rows=tuple(rows),
+            remarks=(
+                "As torch counts them: each copy to the host that is waited for. A wait for an event, such as that for "
+                "the row of the step before, is not among them.",
+            ),
+        )
+    ]
+
+
+def syncs(run: Run) -> float:
+    """Returns how many synchronising calls torch warns of, per call."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(STEPS):
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught) / STEPS
+
+
+def outcome(run: Run) -> str:
+    """Returns how so many calls end where torch raises at a synchronising one."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS):
+            run()
+    except RuntimeError as error:
+        return f"raises: {str(error).splitlines()[0]}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "runs"

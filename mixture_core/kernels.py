@@ -1,0 +1,612 @@
+"""Triton kernels for hard assignments and their moments, for float32 embeddings on CUDA.
+
+A step by these functions waits for nothing on the host, allocates by `torch.empty` alone, so that a CUDA graph can
+hold it, and repeats bit for bit: no two programs add to the same number. Without Triton the module can be imported
+and `usable_on` says no. The arguments are trusted: float32 and contiguous, indices int32, all on one device. A kernel
+is compiled for each D and K, not for each N. K may be up to 65,535.
+"""
+# Kernels are written in Triton's language, of which mypy knows nothing; what launches them is typed.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+
+LARGEST = torch.finfo(torch.float32).max ** 0.5 * 2.0**-20  # a usable row has no entry beyond, see inputs.usable_rows
+SAMPLES = 32  # rows of which the middle one is the center; so many flags must fit an int64
+TILE = 64  # of the covariance; its kernel with 4 warps, 3 stages and 32 rows at a time was the fastest on an H100
+MAX_SUMMARY_K = 128  # one program holds a K x K matrix
+SQUARINGS = 16  # as in moments
+OUTLIERS = 20  # as in revive
+ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2  # as in revive
+
+
+def _jit(kernel: Any) -> Any:
+    """Compiles a kernel, where there is Triton, once for all N: the last batch of an epoch must not wait for that."""
+    return triton.jit(kernel, do_not_specialize=["N"]) if AVAILABLE else kernel
+
+
+def usable_on(x: Tensor) -> bool:
+    """Returns whether the kernels can work on x: float32 on a GPU with bfloat16, or anywhere in the interpreter."""
+    if not AVAILABLE or x.dtype != torch.float32:
+        return False
+    return INTERPRETED or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+    else:  # only here, because entering a device costs as much as the launch
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+
+
+def _ceil(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _power_of_2(length: int, low: int, high: int) -> int:
+    """The power of 2 at or above a length, within limits that are such powers."""
+    return int(min(max(1 << (length - 1).bit_length(), low), high))
+
+
+# A point among the rows
+
+
+@_jit
+def _sample(j, N, SAMPLES: tl.constexpr):
+    """Position of sample j (int64): one in each of so many stretches of the batch, at a scrambled place in it."""
+    scrambled = ((j + 1) * 2654435769) & 0xFFFFFFFF  # 2^32 over the golden ratio: Knuth's multiplicative hash
+    return j * N // SAMPLES + ((scrambled * tl.maximum(N // SAMPLES, 1)) >> 32)
+
+
+@_jit
+def _center_kernel(
+    x, center, N, D: tl.constexpr, LARGEST: tl.constexpr, SAMPLES: tl.constexpr, BD: tl.constexpr, SCAN: tl.constexpr
+):
+    size = N.to(tl.int64)
+    j = tl.arange(0, SAMPLES).to(tl.int64)
+    n = _sample(j, size, SAMPLES)
+    rows = x + n[:, None] * D
+    strange = tl.zeros((SAMPLES, SCAN), tl.int32)
+    for start in range(0, D, SCAN):
+        d = start + tl.arange(0, SCAN)
+        v = tl.load(rows + d[None, :], mask=(n < size)[:, None] & (d < D)[None, :], other=0.0)
+        strange += tl.where(tl.abs(v) <= LARGEST, 0, 1)
+    usable = (tl.sum(strange, axis=1) == 0) & (n < size)
+    flags = tl.sum(tl.where(usable, 1, 0).to(tl.int64) << j, axis=0)
+
+    # The rank of every value among those of its coordinate, ties by position.
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    v = tl.load(rows + d[None, :], mask=usable[:, None] & (d < D)[None, :], other=0.0)
+    rank = tl.zeros((SAMPLES, BD), tl.int32)
+    for i in tl.static_range(SAMPLES):
+        row = x + _sample(i, size, SAMPLES) * D
+        other = tl.load(row + d, mask=d < D * ((flags >> i) & 1), other=float("inf"))[None, :]
+        rank += tl.where((other < v) | ((other == v) & (j > i)[:, None]), 1, 0)
+    middle = tl.sum(tl.where(usable, 1, 0), axis=0) // 2
+    median = tl.sum(tl.where(usable[:, None] & (rank == middle), v, 0.0), axis=0)
+    tl.store(center + d, median, mask=d < D)
+
+
+def center_row(x: Tensor) -> Tensor:
+    """Returns a point amid the rows, (D,): coordinate by coordinate, the median of the usable ones of 32; 0 of none.
+
+    Args:
+        x: (N, D) embeddings.
+    """
+    N, D = x.shape
+    center = torch.empty((D,), dtype=x.dtype, device=x.device)
+    options = {"SAMPLES": SAMPLES, "BD": 32, "SCAN": _power_of_2(D, 32, 256)}
+    _launch(_center_kernel, (_ceil(D, 32),), x.device, x, center, N, D, LARGEST, **options)
+    return center
+
+
+# Who belongs where
+
+
+@_jit
+def _nearest_kernel(
+    x, center, centroids, index, R, N, K: tl.constexpr, D: tl.constexpr, LARGEST: tl.constexpr,
+    WITH_R: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = x + n.to(tl.int64)[:, None] * D
+    least = tl.full((BN,), float("inf"), tl.float32)
+    nearest = tl.zeros((BN,), tl.int32)
+    strange = tl.zeros((BN, BD), tl.int32)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        squares = tl.zeros((BK,), tl.float32)
+        cross = tl.zeros((BN, BK), tl.float32)
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            origin = tl.load(center + d, mask=d < D, other=0.0)[None, :]
+            v = tl.load(rows + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+            c = tl.load(centroids + k.to(tl.int64)[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :],
+                        other=0.0) - origin  # fmt: skip
+            usable = tl.abs(v) <= LARGEST
+            strange += tl.where(usable, 0, 1)
+            squares += tl.sum(c * c, axis=1)
+            cross = tl.dot(tl.where(usable, v - origin, 0.0), tl.trans(c), cross, input_precision=PRECISION)
+        # Equal centroids have equal distances to the bit, of which the first counts: no others are computed otherwise.
+        distance = tl.where((k < K)[None, :], squares[None, :] - 2 * cross, float("inf"))
+        smallest, which = tl.min(distance, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        nearest = tl.where(smallest < least, first + which, nearest)
+        least = tl.minimum(smallest, least)
+    nearest = tl.where(tl.sum(strange, axis=1) == 0, nearest, K)
+    tl.store(index + n, nearest, mask=n < N)
+    if WITH_R:
+        for first in range(0, K, BK):
+            k = first + tl.arange(0, BK)
+            own = tl.where(nearest[:, None] == k[None, :], 1.0, 0.0)
+            tl.store(R + n.to(tl.int64)[:, None] * K + k[None, :], own, mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+def nearest(x: Tensor, center: Tensor, centroids: Tensor, *, with_responsibilities: bool) -> tuple[Tensor, Tensor]:
+    """Returns the index of every row's nearest centroid, (N,) int32, ties to the lowest; and R, (N, K), or (N, 0).
+
+    By |c|^2 - 2 x.c about the center. A row that is not usable has index K and a row of zeros in R.
+
+    Args:
+        x: (N, D) embeddings.
+        center: (D,) a point amid them.
+        centroids: (K, D).
+        with_responsibilities: Whether R is wanted.
+    """
+    (N, D), K = x.shape, centroids.shape[0]
+    index = torch.empty((N,), dtype=torch.int32, device=x.device)
+    R = torch.empty((N, K if with_responsibilities else 0), dtype=x.dtype, device=x.device)
+    options = {"PRECISION": "ieee", "BN": 32, "BK": _power_of_2(K, 16, 64), "BD": 32}
+    arguments = (x, center, centroids, index, R, N, K, D, LARGEST, with_responsibilities)
+    _launch(_nearest_kernel, (_ceil(N, 32),), x.device, *arguments, **options)
+    return index, R
+
+
+@_jit
+def _group_kernel(index, order, offsets, N, K: tl.constexpr, BLOCK: tl.constexpr):
+    k = tl.program_id(0)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        whose = tl.load(index + n, mask=n < N, other=-1)
+        before += tl.where((whose >= 0) & (whose < k), 1, 0)
+    position = tl.sum(before, axis=0)
+    tl.store(offsets + k, position)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        own = tl.where(tl.load(index + n, mask=n < N, other=-1) == k, 1, 0)
+        tl.store(order + position + tl.cumsum(own, axis=0) - 1, n, mask=own != 0)
+        position += tl.sum(own, axis=0)
+    if k == K - 1:
+        tl.store(offsets + K, position)
+
+
+def group(index: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Returns the rows of each component in their order, (N,) int32, and where each begins and ends, (K + 1,) int32.
+
+    order[offsets[k] : offsets[k + 1]] are component k's; what lies beyond offsets[K] is left as it was.
+
+    Args:
+        index: (N,) int32; rows whose index lies outside [0, K) belong to nobody.
+        K: Number of components.
+    """
+    N = index.shape[0]
+    order = torch.empty_like(index)
+    offsets = torch.empty((K + 1,), dtype=torch.int32, device=index.device)
+    _launch(_group_kernel, (K,), index.device, index, order, offsets, N, K, BLOCK=4096, num_warps=8)
+    return order, offsets
+
+
+# Means and covariances
+
+
+@_jit
+def _mean_about(x, order, begin, end, origin, d, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """The mean of x - origin over the rows order[begin:end], in columns d (BD,); 0 of none."""
+    total = tl.zeros((BR, BD), tl.float32)
+    for start in range(begin, end, BR):
+        r = start + tl.arange(0, BR)
+        n = tl.load(order + r, mask=r < end, other=0).to(tl.int64)
+        v = tl.load(x + n[:, None] * D + d[None, :], mask=(r < end)[:, None] & (d < D)[None, :], other=0.0)
+        total += tl.where((r < end)[:, None], v - origin[None, :], 0.0)
+    return tl.sum(total, axis=0) / tl.maximum(end - begin, 1).to(tl.float32)
+
+
+@_jit
+def _means_kernel(x, center, order, offsets, previous, means, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    k = tl.program_id(1)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    begin, end = tl.load(offsets + k), tl.load(offsets + k + 1)
+    origin = tl.load(center + d, mask=d < D, other=0.0)
+    cells = k.to(tl.int64) * D + d
+    mean = origin + _mean_about(x, order, begin, end, origin, d, D, BR, BD)
+    mean = tl.where(begin < end, mean, tl.load(previous + cells, mask=d < D, other=0.0))
+    tl.store(means + cells, mean, mask=d < D)
+
+
+def component_means(x: Tensor, center: Tensor, order: Tensor, offsets: Tensor, previous: Tensor) -> Tensor:
+    """Returns the mean of each component's rows, (K, D); the previous one's bits where there is no row.
+
+    Args:
+        x: (N, D) embeddings.
+        center: (D,) a point amid them.
+        order: (N,) int32 from `group`.
+        offsets: (K + 1,) int32 from `group`.
+        previous: (K, D).
+    """
+    K, D = previous.shape
+    means = torch.empty_like(previous)
+    options = {"BR": 256, "BD": 32, "num_warps": 8}
+    _launch(_means_kernel, (_ceil(D, 32), K), x.device, x, center, order, offsets, previous, means, D, **options)
+    return means
+
+
+@_jit
+def _split_kernel(
+    x, order, offsets, weight, mean, new_weight, new_mean, batch_mean, steps, Z, N, K: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    begin, end = tl.load(offsets + k), tl.load(offsets + k + 1)
+    near = _mean_about(x, order, begin, end, tl.zeros((BD,), tl.float32), d, D, BR, BD)
+
+    # About a point that near, differences are exact; what its own rounding took from the mean is their mean.
+    plane = N.to(tl.int64) * WIDTH
+    total = tl.zeros((BR, BD), tl.float32)
+    for start in range(begin, end, BR):
+        r = start + tl.arange(0, BR)
+        inside = (r < end)[:, None] & (d < D)[None, :]
+        n = tl.load(order + r, mask=r < end, other=0).to(tl.int64)
+        v = tl.load(x + n[:, None] * D + d[None, :], mask=inside, other=0.0)
+        z = tl.where(inside, v - near[None, :], 0.0)
+        total += z
+        high = z.to(tl.bfloat16)
+        rest = z - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        cells = Z + r.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        tl.store(cells, high, mask=(r < end)[:, None])
+        tl.store(cells + plane, middle, mask=(r < end)[:, None])
+        tl.store(cells + 2 * plane, low, mask=(r < end)[:, None])
+    count = (end - begin).to(tl.float32)
+    lost = tl.sum(total, axis=0) / tl.maximum(count, 1.0)
+
+    w_a = tl.load(weight + k)
+    w = w_a + count
+    cells = k * D + d
+    old = tl.load(mean + cells, mask=d < D, other=0.0)
+    shift = (near - old) + lost
+    new = tl.where(w_a > 0, old + shift * (count / tl.where(w > 0, w, 1.0)), near + lost)
+    tl.store(new_mean + cells, tl.where(count > 0, new, old), mask=d < D)
+    tl.store(batch_mean + cells, tl.where(count > 0, near + lost, 0.0), mask=d < D)
+    tl.store(steps + cells, shift, mask=d < D)
+    tl.store(steps + K * D + cells, lost, mask=d < D)
+    if tl.program_id(0) == 0:
+        tl.store(new_weight + k, w)
+
+
+@_jit
+def _lower_tile(t):
+    """Row and column of the t-th tile on or below the diagonal, row by row."""
+    i = ((tl.sqrt(8.0 * t + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    return i, t - i * (i + 1) // 2
+
+
+@_jit
+def _merge_kernel(
+    Z, offsets, weight, steps, old, new, N, K: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    IN_PLACE: tl.constexpr, PRODUCT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(1).to(tl.int64)
+    i, j = _lower_tile(tl.program_id(0))
+    i, j = i * T + tl.arange(0, T), j * T + tl.arange(0, T)
+    begin, end = tl.load(offsets + k), tl.load(offsets + k + 1)
+
+    plane = N.to(tl.int64) * WIDTH
+    acc = tl.zeros((T, T), tl.float32)
+    for start in range(begin, end, BR):
+        r = tl.arange(0, BR)
+        rows = Z + tl.cast(start, tl.int64) * WIDTH
+        left, right = rows + (r[:, None] * WIDTH + i[None, :]), rows + (r[:, None] * WIDTH + j[None, :])
+        inside = (start + r < end)[:, None]
+        a1 = tl.trans(tl.load(left, mask=inside, other=0.0)).to(PRODUCT)
+        a2 = tl.trans(tl.load(left + plane, mask=inside, other=0.0)).to(PRODUCT)
+        a3 = tl.trans(tl.load(left + 2 * plane, mask=inside, other=0.0)).to(PRODUCT)
+        b1 = tl.load(right, mask=inside, other=0.0).to(PRODUCT)
+        b2 = tl.load(right + plane, mask=inside, other=0.0).to(PRODUCT)
+        b3 = tl.load(right + 2 * plane, mask=inside, other=0.0).to(PRODUCT)
+        # The smallest products first; those left out are below float32's resolution.
+        acc = tl.dot(a3, b1, acc)
+        acc = tl.dot(a1, b3, acc)
+        acc = tl.dot(a2, b2, acc)
+        acc = tl.dot(a2, b1, acc)
+        acc = tl.dot(a1, b2, acc)
+        acc = tl.dot(a1, b1, acc)
+
+    # Each program reads and writes nothing but its tile, so that old and new may be the same memory.
+    count = (end - begin).to(tl.float32)
+    rows_there, w_a = tl.maximum(count, 1.0), tl.load(weight + k)
+    w = w_a + rows_there
+    cells = k * D * D + i.to(tl.int64)[:, None] * D + j[None, :]
+    writes = tl.where(count > 0, D, 0) if IN_PLACE else D  # so many rows of tiles, all or none
+    reads = tl.where((count == 0) | (w_a > 0), writes, 0)
+    history = tl.load(old + cells, mask=(i < reads)[:, None] & (j < D)[None, :], other=0.0)
+    shift_i = tl.load(steps + k * D + i, mask=i < D, other=0.0)[:, None]
+    shift_j = tl.load(steps + k * D + j, mask=j < D, other=0.0)[None, :]
+    lost_i = tl.load(steps + K * D + k * D + i, mask=i < D, other=0.0)[:, None]
+    lost_j = tl.load(steps + K * D + k * D + j, mask=j < D, other=0.0)[None, :]
+    a, b = w_a / w, rows_there / w
+    merged = a * history + b * (acc / rows_there - lost_i * lost_j) + (a * b) * shift_i * shift_j
+    tl.store(new + cells, tl.where(count > 0, merged, history), mask=(i < writes)[:, None] & (j < D)[None, :])
+
+
+def absorb(
+    weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, order: Tensor, offsets: Tensor, *, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns weight, mean and covariance of the union of history and batch, and the batch's means, 0 without a row.
+
+    Per component, with w_b rows, w = w_a + w_b and d = mean_b - mean_a:
+
+        mean = mean_a + d w_b / w
+        covariance = (w_a C_a + S) / w + d d^T w_a w_b / w^2,  S = sum (x - mean_b)(x - mean_b)^T
+
+    Without a row, the history's bits; without history (w_a = 0), the batch's alone. Of covariances only what lies on
+    or below the diagonal is used and means something. S is exact to float32: three bfloat16 hold a float32 to the last
+    bit, and six of their nine products its square.
+
+    Args:
+        weight: (K,) of the history, decayed.
+        mean: (K, D) of the history.
+        covariance: (K, D, D) of the history.
+        x: (N, D) embeddings.
+        order: (N,) int32 from `group`.
+        offsets: (K + 1,) int32 from `group`.
+        out: (K, D, D) memory for the new covariance, which may be the old one's.
+    """
+    (N, D), K = x.shape, weight.shape[0]
+    width = _ceil(D, TILE) * TILE  # the columns between are 0 and need no mask
+    new_weight, new_mean, batch_mean = torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(mean)
+    steps = torch.empty((2, K, D), dtype=x.dtype, device=x.device)
+    Z = torch.empty((3, N, width), dtype=torch.bfloat16, device=x.device)
+    inputs, results = (x, order, offsets, weight, mean), (new_weight, new_mean, batch_mean, steps, Z)
+    grid = (width // 32, K)
+    BR = 256 if grid[0] * K <= 128 else 128  # few programs take longer turns; many need the registers
+    _launch(_split_kernel, grid, x.device, *inputs, *results, N, K, D, width, BR=BR, BD=32, num_warps=8)
+    tiles = width // TILE * (width // TILE + 1) // 2
+    product = tl.float32 if INTERPRETED else tl.bfloat16  # the interpreter multiplies the bits of bfloat16 as integers
+    in_place = out.data_ptr() == covariance.data_ptr()
+    arguments = (Z, offsets, weight, steps, covariance, out, N, K, D, width, in_place, product)
+    options = {"T": TILE, "BR": 32, "num_warps": 4, "num_stages": 3}
+    _launch(_merge_kernel, (tiles, K), x.device, *arguments, **options)
+    return new_weight, new_mean, out, batch_mean
+
+
+# What is logged
+
+
+@_jit
+def _summary_kernel(
+    weight, mean, summary, K: tl.constexpr, D: tl.constexpr, SQUARINGS: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, BK)
+    w = tl.load(weight + k, mask=k < K, other=0.0)
+    total = tl.sum(w, axis=0)
+    pi = tl.where(total > 0, w / tl.where(total > 0, total, 1.0), 0.0)
+    G = tl.zeros((BK, BK), tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        mu = tl.load(mean + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
+        mu -= tl.sum(pi[:, None] * mu, axis=0)[None, :]
+        mu -= tl.sum(pi[:, None] * mu, axis=0)[None, :]  # twice: pi sums to 1 only up to rounding
+        A = tl.sqrt(pi)[:, None] * mu
+        G = tl.dot(A, tl.trans(A), G, input_precision=PRECISION)
+    diagonal = k[:, None] == k[None, :]
+    trace = tl.sum(tl.where(diagonal, G, 0.0))
+    G = tl.where(trace > 0, G / tl.where(trace > 0, trace, 1.0), 0.0)
+    P = G
+    for _ in range(SQUARINGS):
+        P = tl.dot(P, tl.trans(P), input_precision=PRECISION)
+        scale = tl.sum(tl.where(diagonal, P, 0.0))
+        P = P / tl.where(scale > 0, scale, 1.0)
+    tl.store(summary, tl.min(tl.where(k < K, pi, 1.0), axis=0))
+    tl.store(summary + 1, tl.max(pi, axis=0))
+    tl.store(summary + 2, trace)
+    tl.store(summary + 3, tl.sum(G * P) * trace)
+
+
+def summary(weight: Tensor, mean: Tensor) -> Tensor:
+    """Returns the least and the largest pi, and the trace and the operator norm of B, (4,), as `Moments` has them.
+
+    Args:
+        weight: (K,), K at most MAX_SUMMARY_K.
+        mean: (K, D).
+    """
+    K, D = mean.shape
+    figures = torch.empty((4,), dtype=mean.dtype, device=mean.device)
+    BK = _power_of_2(K, 16, MAX_SUMMARY_K)
+    # One program's float32 units would take 10 us for each square of a 128 x 128 matrix.
+    options = {"PRECISION": "ieee" if BK <= 32 else "tf32x3", "BK": BK, "BD": 64, "num_warps": 8 if BK > 64 else 4}
+    _launch(_summary_kernel, (1,), mean.device, weight, mean, figures, K, D, SQUARINGS, **options)
+    return figures
+
+
+# A second life for dead components
+
+
+@_jit
+def _dead(weight, threshold, K: tl.constexpr, BK: tl.constexpr):
+    """The lightest component, the first of equals, if its share is below the threshold; else -1."""
+    k = tl.arange(0, BK)
+    w = tl.load(weight + k, mask=k < K, other=float("inf"))
+    least, lightest = tl.min(w, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    total = tl.sum(tl.where(k < K, w, 0.0), axis=0)
+    return tl.where(least / tl.where(total > 0, total, 1.0) < threshold, lightest, -1)
+
+
+@_jit
+def _distances_kernel(
+    weight, batch_mean, x, index, distance, threshold, N, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    if _dead(weight, threshold, K, BK) >= 0:
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        own = tl.load(index + n, mask=n < N, other=-1).to(tl.int64)
+        used = (own >= 0) & (own < K)
+        squares = tl.zeros((BN, BD), tl.float32)
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            inside = used[:, None] & (d < D)[None, :]
+            v = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+            v -= tl.load(batch_mean + own[:, None] * D + d[None, :], mask=inside, other=0.0)
+            squares += v * v
+        tl.store(distance + n, tl.where(used, tl.sum(squares, axis=1), -1.0), mask=n < N)
+
+
+@_jit
+def _count(distance, least, N, BLOCK: tl.constexpr):
+    """How many of N distances have bits that, read as an integer, are at least so large."""
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        bits = tl.load(distance + n, mask=n < N, other=-1.0).to(tl.int32, bitcast=True)
+        total += tl.where(bits >= least, 1, 0)
+    return tl.sum(total, axis=0)
+
+
+@_jit
+def _far_row(distance, N, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of rank used // OUTLIERS from the farthest, first come first of equals; its distance; how many are used.
+
+    Distances that are not negative are ordered as their bits are, read as integers, and so found bit by bit.
+    """
+    used = _count(distance, 0, N, BLOCK)
+    rank = used // OUTLIERS
+    found = used * 0
+    for b in range(31):
+        larger = found | (1 << (30 - b))
+        found = tl.where(_count(distance, larger, N, BLOCK) > rank, larger, found)
+    wanted = rank - _count(distance, found + 1, N, BLOCK)
+    seen, row = used * 0, used * 0
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        bits = tl.load(distance + n, mask=n < N, other=-1.0).to(tl.int32, bitcast=True)
+        equal = tl.where(bits == found, 1, 0)
+        row += tl.sum(tl.where((equal != 0) & (seen + tl.cumsum(equal, axis=0) - 1 == wanted), n, 0), axis=0)
+        seen += tl.sum(equal, axis=0)
+    return row, found.to(tl.float32, bitcast=True), used
+
+
+@_jit
+def _sides_kernel(
+    weight, batch_mean, x, index, distance, side, n_revived, threshold, N, K: tl.constexpr, D: tl.constexpr,
+    ROUNDING: tl.constexpr, OUTLIERS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Every program finds the row again, which takes less time than another launch. What the next kernel must know,
+    # which changes the weights, stands behind the sides.
+    lightest = _dead(weight, threshold, K, BK)
+    row = lightest * 0
+    if lightest >= 0:
+        row, far, used = _far_row(distance, N, OUTLIERS, BLOCK)
+        whose = tl.load(index + row, mask=used > 0, other=0)
+        origin, target = batch_mean + whose.to(tl.int64) * D, x + row.to(tl.int64) * D
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        beside = (tl.load(index + n, mask=n < N, other=-1) == whose) & (
+            tl.load(distance + n, mask=n < N, other=-1.0) <= far
+        )
+        along = tl.zeros((BN, BD), tl.float32)
+        squares = tl.zeros((BD,), tl.float32)
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            m = tl.load(origin + d, mask=d < D, other=0.0)
+            direction = tl.load(target + d, mask=d < tl.where(used > 0, D, 0), other=0.0) - m
+            inside = beside[:, None] & (d < D)[None, :]
+            v = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+            along += tl.where(inside, v - m[None, :], 0.0) * direction[None, :]
+            squares += m * m
+        tl.store(side + n, tl.where(tl.sum(along, axis=1) > 0, 1, 0), mask=n < N)
+        lightest = tl.where((used > 0) & (far > ROUNDING * tl.sum(squares, axis=0)), lightest, -1)
+    if tl.program_id(0) == 0:
+        tl.store(n_revived, tl.where(lightest >= 0, 1, 0).to(tl.int64))
+        tl.store(side + N, lightest)
+        tl.store(side + N + 1, row)
+
+
+@_jit
+def _move_kernel(
+    weight, mean, covariance, batch_mean, x, index, side, N, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
+    lightest = tl.load(side + N).to(tl.int64)
+    if lightest >= 0:
+        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        whose = tl.load(index + tl.load(side + N + 1)).to(tl.int64)
+        origin = tl.load(batch_mean + whose * D + d, mask=d < D, other=0.0)
+        total = tl.zeros((BR, BD), tl.float32)
+        count = tl.zeros((BR,), tl.int32)
+        for start in range(0, N, BR):
+            n = start + tl.arange(0, BR)
+            chosen = tl.load(side + n, mask=n < N, other=0)
+            inside = (chosen != 0)[:, None] & (d < D)[None, :]
+            v = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+            total += tl.where(inside, v - origin[None, :], 0.0)
+            count += chosen
+        middle = origin + tl.sum(total, axis=0) / tl.maximum(tl.sum(count, axis=0), 1).to(tl.float32)
+        tl.store(mean + lightest * D + d, middle, mask=d < D)
+        for start in range(0, D, BR):
+            row = start + tl.arange(0, BR)
+            cells = (lightest * D + row.to(tl.int64))[:, None] * D + d[None, :]
+            inside = (row < D)[:, None] & (d < D)[None, :]
+            tl.store(covariance + cells, tl.zeros((BR, BD), tl.float32), mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(weight + lightest, 0.0)
+
+
+def revive(
+    weight: Tensor, mean: Tensor, covariance: Tensor, batch_mean: Tensor, x: Tensor, index: Tensor,
+    *, revive_below: float,
+) -> Tensor:  # fmt: skip
+    """Moves at most one dead component, in place, as mixture_core.revive does, and returns how many moved, () int64.
+
+    Args:
+        weight: (K,) after the step.
+        mean: (K, D) after the step.
+        covariance: (K, D, D) after the step.
+        batch_mean: (K, D) from `absorb`.
+        x: (N, D) embeddings.
+        index: (N,) int32 from `nearest`.
+        revive_below: Share, times K, under which a component is dead.
+    """
+    (N, D), K = x.shape, weight.shape[0]
+    distance = torch.empty((N,), dtype=x.dtype, device=x.device)
+    side = torch.empty((N + 2,), dtype=torch.int32, device=x.device)
+    n_revived = torch.empty((), dtype=torch.int64, device=x.device)
+    threshold, blocks = revive_below / K, _ceil(N, 32)
+    batch = (weight, batch_mean, x, index, distance)
+    options = {"BK": _power_of_2(K, 16, 1 << 30), "BN": 32, "BD": 64}
+    _launch(_distances_kernel, (blocks,), x.device, *batch, threshold, N, K, D, **options)
+    others = (side, n_revived, threshold, N, K, D, ROUNDING, OUTLIERS)
+    _launch(_sides_kernel, (max(blocks, 1),), x.device, *batch, *others, **options, BLOCK=4096, num_warps=8)
+    state = (weight, mean, covariance)
+    _launch(
+        _move_kernel, (_ceil(D, 32),), x.device, *state, batch_mean, x, index, side, N, D, BR=128, BD=32, num_warps=8
+    )
+    return n_revived
+
+
+INTERPRETED = AVAILABLE and not isinstance(_center_kernel, triton.JITFunction)

@@ -1,0 +1,467 @@
+"""The Triton kernels against plain float64 formulas: on the GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so that without a GPU one test runs all others in a process
+of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_core import Moments, kernels
+from mixture_core.inputs import usable_rows
+from tests.tolerances import FAR_FROM_ZERO, FLOAT32, relative_error
+
+DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
+READY = kernels.INTERPRETED or DEVICE == "cuda"
+SHAPES = [(300, 3, 5), (67, 65, 3), (150, 130, 2), (40, 1, 1), (1, 3, 2), (3, 2, 20), (130, 4, 70), (0, 3, 2)]
+ODD_VALUES = [float("nan"), float("inf"), -float("inf"), 1e20]
+
+needs_kernels = pytest.mark.skipif(not READY, reason="runs on a GPU or in the interpreter's own process")
+
+
+@pytest.mark.skipif(READY or not kernels.AVAILABLE, reason="no Triton, or no need for a process of their own")
+def test_kernels_pass_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(Path(__file__).resolve())]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+def batch(N: int, D: int, K: int, *, seed: int = 0, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Rows of spread 1, and centroids among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, D, generator=generator) + offset
+    centroids = torch.randn(K, D, generator=generator) + offset
+    return x.to(DEVICE), centroids.to(DEVICE)
+
+
+def ragged(N: int, K: int, *, seed: int = 0) -> Tensor:
+    """Indices of which every third component has no row and the second one has one at most; some rows are nobody's."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, K + 1, (N,), generator=generator)
+    index[(index % 3 == 2) & (index < K)] = 0
+    index[index == 1] = 0
+    index[N // 2 : N // 2 + 1] = min(1, K - 1)
+    return index.to(torch.int32).to(DEVICE)
+
+
+def history(K: int, D: int, *, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, mean and covariance, some of whose weights are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 30 * torch.rand(K, generator=generator)
+    weight[3::4] = 0
+    factor = torch.randn(K, D, D, generator=generator)
+    mean = torch.randn(K, D, generator=generator)
+    return weight.to(DEVICE), mean.to(DEVICE), (factor @ factor.mT / D).to(DEVICE)
+
+
+def absorb(weight: Tensor, mean: Tensor, covariance: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
+    """`kernels.absorb` into memory that holds NaN before, of which none may be left in the lower triangle."""
+    out = torch.full_like(covariance, float("nan"))
+    return kernels.absorb(weight, mean, covariance, *batch, out=out)
+
+
+def rows_of(x: Tensor, index: Tensor, k: int) -> Tensor:
+    return x[index == k].double()
+
+
+def union(weight: Tensor, mean: Tensor, covariance: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of history and rows of one component, in float64, by the definition."""
+    w_a, mean, covariance = weight.double(), mean.double(), covariance.double()
+    if len(rows) == 0:
+        return mean, covariance
+    m_b, w = rows.mean(dim=0), w_a + len(rows)
+    scatter, d = (rows - m_b).mT @ (rows - m_b), m_b - mean
+    return mean + d * len(rows) / w, (w_a * covariance + scatter) / w + w_a * len(rows) / w**2 * torch.outer(d, d)
+
+
+# A point amid the rows
+
+
+@needs_kernels
+@pytest.mark.parametrize(("N", "D"), [(1, 1), (2, 3), (31, 5), (33, 65), (1000, 130)])
+def test_center_is_a_middle_value_of_every_coordinate(N: int, D: int) -> None:
+    x, _ = batch(N, D, 1)
+    center = kernels.center_row(x)
+    assert (center == x).any(dim=0).all()
+    quarter = x.double().quantile(torch.tensor([0.1, 0.9], dtype=torch.float64, device=DEVICE), dim=0)
+    assert ((center >= quarter[0]) & (center <= quarter[1])).all() or N < 10
+
+
+@needs_kernels
+def test_center_of_coinciding_rows_is_that_row() -> None:
+    row = torch.tensor([0.1, -1e13, 0.0, 7.0], device=DEVICE)
+    assert torch.equal(kernels.center_row(row.repeat(100, 1)), row)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [*ODD_VALUES, 1e12])
+def test_center_stays_in_the_bulk_beside_odd_rows(value: float) -> None:
+    x, _ = batch(640, 6, 1)
+    x[::8, 2] = value
+    x[1::9] = -value
+    center = kernels.center_row(x)
+    assert center.abs().max() < 4
+
+
+@needs_kernels
+def test_center_is_the_median_of_the_usable_sampled_rows() -> None:
+    x, _ = batch(kernels.SAMPLES, 5, 1)  # of so many rows each is a sample
+    x[:7, 3] = float("nan")
+    expected = x[7:].sort(dim=0).values[(kernels.SAMPLES - 7) // 2]
+    assert torch.equal(kernels.center_row(x), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("N", [0, 1, 50])
+def test_center_is_0_without_a_usable_row(N: int) -> None:
+    assert torch.equal(
+        kernels.center_row(torch.full((N, 3), float("nan"), device=DEVICE)), torch.zeros(3, device=DEVICE)
+    )
+
+
+# Who belongs where
+
+
+@needs_kernels
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+def test_nearest_is_the_nearest_centroid(N: int, D: int, K: int) -> None:
+    x, centroids = batch(N, D, K)
+    index, R = kernels.nearest(x, kernels.center_row(x), centroids, with_responsibilities=True)
+    distance = (x.double()[:, None] - centroids.double()).square().sum(dim=2)
+    assert R is not None
+    assert index.dtype == torch.int32
+    assert R.dtype == torch.float32
+    chosen = distance.gather(1, index.long()[:, None])[:, 0]
+    assert ((chosen - distance.amin(dim=1)) <= FLOAT32 * distance.amax(dim=1)).all()
+    assert torch.equal(R, torch.nn.functional.one_hot(index.long(), K).float())
+
+
+@needs_kernels
+@pytest.mark.parametrize(("spread", "offset"), [(1.0, 1000.0), (1e-4, 0.1)])
+def test_nearest_is_right_far_from_zero(spread: float, offset: float) -> None:
+    _, means = batch(0, 16, 6)
+    x = means.repeat(40, 1) + 0.1 * batch(240, 16, 1, seed=3)[0]
+    x, means = x * spread + offset, means * spread + offset
+    index, _ = kernels.nearest(x, kernels.center_row(x), means, with_responsibilities=False)
+    assert torch.equal(index.cpu(), torch.arange(6, dtype=torch.int32).repeat(40))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("D", "K"), [(3, 5), (65, 140)])
+def test_nearest_of_equal_centroids_is_the_first(D: int, K: int) -> None:
+    x, centroids = batch(100, D, K)
+    if kernels.INTERPRETED:  # NumPy's product rounds equal columns differently, but has nothing to round here
+        x, centroids = x.round(), centroids.round()
+    centroids = centroids[torch.arange(K) % 3]
+    index, _ = kernels.nearest(x, kernels.center_row(x), centroids, with_responsibilities=False)
+    assert index.max() <= 2
+    again, _ = kernels.nearest(x, kernels.center_row(x), centroids[:3], with_responsibilities=False)
+    assert torch.equal(index, again)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", ODD_VALUES)
+@pytest.mark.parametrize(("D", "K"), [(3, 4), (65, 70)])
+def test_nearest_of_a_row_that_is_not_usable_is_nobody(value: float, D: int, K: int) -> None:
+    x, centroids = batch(50, D, K)
+    center = kernels.center_row(x)
+    expected, _ = kernels.nearest(x, center, centroids, with_responsibilities=False)
+    expected[[7, 49]] = K
+    x[7, D - 1] = x[49, 0] = value
+    index, R = kernels.nearest(x, center, centroids, with_responsibilities=True)
+    assert R is not None
+    assert torch.equal(index, expected)
+    assert torch.equal(R.sum(dim=1) == 0, ~usable_rows(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("N", "K"), [(0, 3), (1, 1), (50, 80), (4097, 3), (9000, 5)])
+def test_group_is_a_stable_counting_sort(N: int, K: int) -> None:
+    index = torch.randint(-2, K + 2, (N,), generator=torch.Generator().manual_seed(0)).to(torch.int32).to(DEVICE)
+    order, offsets = kernels.group(index, K)
+    assert offsets.tolist() == [0, *torch.tensor([(index == k).sum() for k in range(K)]).cumsum(dim=0).tolist()]
+    for k in range(K):
+        assert order[offsets[k] : offsets[k + 1]].tolist() == (index == k).nonzero()[:, 0].tolist()
+
+
+# Means and covariances
+
+
+@needs_kernels
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_component_means_are_the_means(N: int, D: int, K: int, offset: float) -> None:
+    x, previous = batch(N, D, K, offset=offset)
+    index = ragged(N, K)
+    means = kernels.component_means(x, kernels.center_row(x), *kernels.group(index, K), previous)
+    for k in range(K):
+        rows = rows_of(x, index, k)
+        if len(rows):
+            assert relative_error(means[k], rows.mean(dim=0)) <= FLOAT32
+        else:
+            assert torch.equal(means[k], previous[k])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+def test_absorb_is_the_union_of_history_and_batch(N: int, D: int, K: int) -> None:
+    x, _ = batch(N, D, K)
+    index, (weight, mean, covariance) = ragged(N, K), history(K, D)
+    weight_ab, mean_ab, covariance_ab, batch_mean = absorb(weight, mean, covariance, x, *kernels.group(index, K))
+    for k in range(K):
+        rows = rows_of(x, index, k)
+        expected_mean, expected = union(weight[k], mean[k], covariance[k], rows)
+        assert weight_ab[k] == weight[k] + len(rows)
+        assert relative_error(mean_ab[k], expected_mean) <= FLOAT32
+        # What one row, or rounding, leaves of a covariance is measured by the rows themselves.
+        error = (covariance_ab[k].double() - expected).tril().abs().max()
+        assert error <= FLOAT32 / 10 * max(float(expected.abs().max()), 1.0)
+        if len(rows):
+            assert relative_error(batch_mean[k], rows.mean(dim=0)) <= FLOAT32
+        else:
+            assert not batch_mean[k].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("offset", "spread"), [(1000.0, 1.0), (1.0, 1e-3), (0.0, 1e12)])
+def test_absorb_of_no_history_is_the_batch_wherever_it_lies(offset: float, spread: float) -> None:
+    x, mean = batch(200, 35, 2)
+    x = x * spread + offset
+    index = torch.zeros(200, dtype=torch.int32, device=DEVICE)
+    weight, covariance = torch.zeros(2, device=DEVICE), torch.full((2, 35, 35), 1e30, device=DEVICE)
+    grouped = kernels.group(index, 2)
+    _, mean_ab, covariance_ab, batch_mean = absorb(weight, mean, covariance, x, *grouped)
+    expected_mean, expected = union(weight[0], mean[0], 0 * covariance[0], x.double())
+    assert torch.equal(mean_ab[0], batch_mean[0])
+    assert relative_error(mean_ab[0], expected_mean) <= FLOAT32
+    assert relative_error(covariance_ab[0].tril(), expected.tril()) <= FLOAT32
+    assert torch.equal(mean_ab[1], mean[1])
+    assert torch.equal(covariance_ab[1].tril(), covariance[1].tril())
+
+
+@needs_kernels
+def test_absorb_far_from_zero_is_the_union_with_history_there() -> None:
+    x, _ = batch(200, 35, 1, offset=1000.0)
+    weight, mean, covariance = history(1, 35)
+    mean += 1000
+    index = torch.zeros(200, dtype=torch.int32, device=DEVICE)
+    results = absorb(weight, mean, covariance, x, *kernels.group(index, 1))
+    expected_mean, expected = union(weight[0], mean[0], covariance[0], x.double())
+    assert relative_error(results[1][0], expected_mean) <= FLOAT32
+    assert relative_error(results[2][0].tril(), expected.tril()) <= FLOAT32
+
+
+@needs_kernels
+@pytest.mark.parametrize("D", [3, 65])
+def test_absorb_keeps_an_absent_component_to_the_bit(D: int) -> None:
+    x, _ = batch(60, D, 4)
+    weight, mean, covariance = history(4, D)
+    weight[3] = 0.0
+    index = torch.zeros(60, dtype=torch.int32, device=DEVICE)
+    results = absorb(weight, mean, covariance, x, *kernels.group(index, 4))
+    for new, old in zip(results[:3], (weight, mean, covariance.tril()), strict=True):
+        assert torch.equal((new.tril() if new.ndim == 3 else new)[1:], old[1:])
+
+
+@needs_kernels
+def test_absorb_in_place_is_absorb_and_leaves_absent_components_alone() -> None:
+    x, _ = batch(150, 70, 5)
+    index, (weight, mean, covariance) = ragged(150, 5), history(5, 70)
+    arguments = (x, *kernels.group(index, 5))
+    expected = absorb(weight, mean, covariance, *arguments)[2].tril()
+    absent = covariance[2].clone()
+    new = kernels.absorb(weight, mean, covariance, *arguments, out=covariance)[2]
+    assert new.data_ptr() == covariance.data_ptr()
+    assert torch.equal(covariance.tril(), expected)
+    assert torch.equal(covariance[2], absent)
+
+
+@needs_kernels
+def test_absorb_reads_and_changes_none_of_its_arguments_above_the_diagonal() -> None:
+    x, _ = batch(150, 70, 3)
+    index, (weight, mean, covariance) = ragged(150, 3), history(3, 70)
+    arguments = (x, *kernels.group(index, 3))
+    above = torch.where(torch.ones_like(covariance).triu(diagonal=1) > 0, float("nan"), covariance)
+    before = (weight.clone(), mean.clone(), above.clone(), x.clone())
+    expected, new = (absorb(weight, mean, old, *arguments)[2].tril() for old in (covariance, above))
+    assert torch.equal(new, expected)
+    for argument, copy in zip((weight, mean, above, x), before, strict=True):
+        torch.testing.assert_close(argument, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [0.1, 1000.1, 1e12])
+def test_absorb_of_coinciding_rows_has_no_covariance(value: float) -> None:
+    x = torch.full((37, 5), value, device=DEVICE)
+    index = torch.zeros(37, dtype=torch.int32, device=DEVICE)
+    index[36] = 1  # a component of a single row
+    mean, covariance = torch.zeros(2, 5, device=DEVICE), torch.zeros(2, 5, 5, device=DEVICE)
+    results = absorb(mean[:, 0].clone(), mean, covariance, x, *kernels.group(index, 2))
+    assert relative_error(results[1], x[:2]) <= FLOAT32
+    assert results[2].tril().abs().max() <= (torch.finfo(torch.float32).eps * value) ** 2
+
+
+@needs_kernels
+def test_absorb_ignores_rows_that_are_not_usable() -> None:
+    x, centroids = batch(90, 5, 3)
+    x[::10] = torch.tensor(ODD_VALUES[0], device=DEVICE)
+    x[5, 2] = 1e20
+    center = kernels.center_row(x)
+    index, _ = kernels.nearest(x, center, centroids, with_responsibilities=False)
+    weight, mean, covariance = history(3, 5)
+    results = absorb(weight, mean, covariance, x, *kernels.group(index, 3))
+    assert float(results[0].sum() - weight.sum()) == pytest.approx(80, rel=FLOAT32)
+    for k in range(3):
+        expected_mean, expected = union(weight[k], mean[k], covariance[k], rows_of(x, index, k))
+        assert relative_error(results[1][k], expected_mean) <= FLOAT32
+        assert relative_error(results[2][k].tril(), expected.tril()) <= FLOAT32
+
+
+# What is logged
+
+
+@needs_kernels
+@pytest.mark.parametrize(("D", "K"), [(3, 1), (1, 5), (65, 3), (130, 20), (7, 40), (20, 128)])
+@pytest.mark.parametrize("scale", [1.0, 1e13, 1e-15])
+def test_summary_is_what_moments_derive(D: int, K: int, scale: float) -> None:
+    weight, mean, _ = history(K, D)
+    weight, mean = weight + 0.1, mean * scale
+    exact = Moments(weight=weight.double(), mean=mean.double(), covariance=weight.new_zeros(K, D, D).double())
+    expected = torch.stack([exact.pi.min(), exact.pi.max(), exact.trace_B, exact.opnorm_B])
+    actual = kernels.summary(weight, mean)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert relative_error(found, wanted) <= FLOAT32
+
+
+@needs_kernels
+def test_summary_is_exact_far_from_zero() -> None:
+    weight, mean, _ = history(6, 20)
+    exact = Moments(weight=weight.double(), mean=(mean + 1000).double(), covariance=weight.new_zeros(6, 20, 20))
+    actual = kernels.summary(weight, mean + 1000)
+    assert relative_error(actual[2:], torch.stack([exact.trace_B, exact.opnorm_B])) <= FAR_FROM_ZERO
+
+
+@needs_kernels
+def test_summary_of_coinciding_means_has_no_spread() -> None:
+    actual = kernels.summary(torch.ones(3, device=DEVICE), torch.full((3, 4), 0.1, device=DEVICE))
+    assert relative_error(actual[:2], torch.full((2,), 1 / 3, device=DEVICE)) <= FLOAT32
+    assert actual[2:].abs().max() <= torch.finfo(torch.float32).eps ** 2
+
+
+@needs_kernels
+def test_summary_without_weight_is_0() -> None:
+    assert not kernels.summary(torch.zeros(3, device=DEVICE), torch.ones(3, 4, device=DEVICE)).any()
+
+
+# A second life for dead components
+
+
+def revived(
+    weight: Tensor, mean: Tensor, batch_mean: Tensor, x: Tensor, index: Tensor, share: float
+) -> tuple[int, Tensor] | None:
+    """Which component moves and where to, by the rule's words in float64; None where none does."""
+    K, lightest, used = len(weight), int(weight.argmin()), index < len(weight)
+    if not used.any() or weight[lightest] / weight.sum() >= share / K:
+        return None
+    difference = torch.where(used[:, None], x.double() - batch_mean.double()[index.clamp(max=K - 1).long()], 0.0)
+    distance = torch.where(used, difference.square().sum(dim=1), -1.0)
+    row = sorted(range(len(x)), key=lambda n: (-float(distance[n]), n))[int(used.sum()) // kernels.OUTLIERS]
+    own = int(index[row])
+    if distance[row] <= kernels.ROUNDING * batch_mean[own].double().square().sum():
+        return None
+    side = (index == own) & (distance <= distance[row]) & (difference @ difference[row] > 0)
+    return lightest, batch_mean[own].double() + difference[side].mean(dim=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("N", "D", "K"), [*SHAPES, (200, 70, 6), (25, 2, 6)])
+@pytest.mark.parametrize("light", [1e-4, 10.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_revive_moves_what_the_rule_says(N: int, D: int, K: int, light: float, ties: bool) -> None:
+    x, batch_mean = batch(N, D, K, seed=2)
+    if ties:
+        x, batch_mean = x.round(), batch_mean.round()
+    index, (_, mean, covariance) = ragged(N, K), history(K, D)
+    x[index == K] = float("nan")
+    weight = torch.full((K,), 30.0, device=DEVICE)
+    weight[K // 2] = light
+    before = [weight.clone(), mean.clone(), covariance.clone()]
+    expected = revived(weight, mean, batch_mean, x, index, 0.01)
+    n_revived = kernels.revive(weight, mean, covariance, batch_mean, x, index, revive_below=0.01)
+    assert n_revived.dtype == torch.int64
+    assert n_revived.shape == ()
+    assert int(n_revived) == (expected is not None)
+    if expected is not None:
+        moved, target = expected
+        assert relative_error(mean[moved], target) <= FLOAT32
+        assert weight[moved] == 0
+        assert not covariance[moved].any()
+        for tensor in (weight, mean, covariance, *before):
+            tensor[moved] = 0
+    for tensor, old in zip((weight, mean, covariance), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [0.1, 1000.1])
+def test_revive_moves_nothing_where_all_rows_coincide(value: float) -> None:
+    x = torch.full((37, 3), value, device=DEVICE)
+    index = torch.zeros(37, dtype=torch.int32, device=DEVICE)
+    weight, mean, covariance = torch.tensor([37.0, 0.0], device=DEVICE), x[:2].clone(), torch.zeros(2, 3, 3).to(DEVICE)
+    assert kernels.revive(weight, mean, covariance, x[:2].clone(), x, index, revive_below=0.01) == 0
+    assert torch.equal(mean, x[:2])
+
+
+# Where they work
+
+
+@needs_kernels
+def test_kernels_are_usable_on_float32_alone() -> None:
+    assert kernels.usable_on(torch.zeros(3, 2, device=DEVICE))
+    assert not kernels.usable_on(torch.zeros(3, 2, device=DEVICE, dtype=torch.float64))
+
+
+@needs_kernels
+def test_kernels_repeat_bit_for_bit() -> None:
+    x, centroids = batch(300, 65, 4)
+    index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)
+
+    def once() -> list[Tensor]:
+        center = kernels.center_row(x)
+        nearest, _ = kernels.nearest(x, center, centroids, with_responsibilities=False)
+        results = absorb(weight, mean, covariance, x, *kernels.group(index, 4))
+        return [center, nearest, results[0], results[1], results[2].tril(), results[3], kernels.summary(weight, mean)]
+
+    for first, second in zip(once(), once(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_kernels_can_be_held_by_a_graph() -> None:
+    x, centroids = batch(300, 65, 4)
+    index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)
+
+    def once() -> list[Tensor]:
+        center = kernels.center_row(x)
+        nearest, _ = kernels.nearest(x, center, centroids, with_responsibilities=False)
+        order, offsets = kernels.group(index, 4)
+        results = absorb(weight, mean, covariance, x, order, offsets)
+        kernels.revive(*(tensor.clone() for tensor in results[:3]), results[3], x, index, revive_below=0.01)
+        return [center, nearest, results[0], results[1], results[2].tril(), kernels.summary(weight, mean)]
+
+    expected = once()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = once()
+    graph.replay()
+    for first, second in zip(held, expected, strict=True):
+        assert torch.equal(first, second)
