@@ -28,8 +28,12 @@ class Workspace(NamedTuple):
     @staticmethod
     def rows_for(covariance: Tensor, *, N: int) -> Tensor:
         """Returns fresh memory for the rows alone."""
-        K, D, _ = covariance.shape
-        return covariance.new_empty(2, N + K if covariance.device.type == "cpu" else 0, D)
+        return covariance.new_empty(2, Workspace.length(covariance, N=N), covariance.shape[-1])
+
+    @staticmethod
+    def length(covariance: Tensor, *, N: int) -> int:
+        """Returns how long the memory for the rows has to be."""
+        return N + len(covariance) if covariance.device.type == "cpu" else 0
 
 
 def absorb_rows(

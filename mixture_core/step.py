@@ -153,10 +153,13 @@ def _history(config: MixtureConfig, moments: Moments, *, idle: Tensor) -> Moment
 
     An idle step, one without a usable row, decays and forgets nothing.
     """
-    if config.averages and looks(idle, moments.weight) and not idle:
-        return decay(moments, config.ema_decay)
     if config.averages:
-        return decay(moments, torch.where(idle, 1.0, moments.weight.new_full((), config.ema_decay)))
+        decayed = decay(moments, config.ema_decay)
+        if looks(idle, moments.weight) and not idle:
+            return decayed
+        return Moments(
+            weight=torch.where(idle, moments.weight, decayed.weight), mean=moments.mean, covariance=moments.covariance
+        )
     keep = idle.to(moments.weight.dtype)
     return Moments(
         weight=moments.weight * keep,

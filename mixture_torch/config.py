@@ -53,6 +53,9 @@ class MixtureRuntimeConfig(MixtureConfig):
     # Whether ignored rows raise instead of being counted.
     strict: bool = attrs.field(default=False, validator=boolean)
 
+    # Whether steps on a GPU are replayed as CUDA graphs.
+    compile: bool = attrs.field(default=False, validator=boolean)
+
     @property
     def core(self) -> MixtureConfig:
         """The part that is the mixture's, without the part that is the run's."""

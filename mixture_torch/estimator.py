@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
-from mixture_core import MixtureState
+from mixture_core import MixtureState, StepStats
 from mixture_core.grouped import complete_
 from mixture_core.inputs import usable_rows
 from mixture_core.step import advance
 from mixture_torch.batches import Batch, as_plain_embeddings, receive, refuse
 from mixture_torch.checkpoint import from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.graphs import Graphs
 from mixture_torch.memory import Memory
 from mixture_torch.precision import full_float32
 from mixture_torch.recorder import Recorder, Report
@@ -52,6 +53,7 @@ class MixtureStats:
         seed: Of the estimator's own random numbers.
         strict: Raise where rows would be ignored.
         revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
+        compile: On a GPU, replay steps as CUDA graphs, one for each size of batch: a tenth of the host's time.
 
     Raises:
         TypeError: An option is of the wrong type; the message names it, what was expected and what came.
@@ -75,6 +77,7 @@ class MixtureStats:
         seed: int = DEFAULTS.seed,
         strict: bool = DEFAULTS.strict,
         revive_below: float = DEFAULTS.revive_below,
+        compile: bool = DEFAULTS.compile,
     ) -> None:
         self._config = MixtureRuntimeConfig(
             K=K,
@@ -89,6 +92,7 @@ class MixtureStats:
             seed=seed,
             strict=strict,
             revive_below=revive_below,
+            compile=compile,
         )
         self._recorder = Recorder(self._config, log_dir=log_dir, is_main=is_main)
         self._state: MixtureState | None = None
@@ -96,6 +100,7 @@ class MixtureStats:
         self._stats = NOTHING
         self._report: Report | None = None
         self._memory = Memory()
+        self._graphs = Graphs(self._config.core)
         self._warned = False
 
     @classmethod
@@ -171,14 +176,14 @@ class MixtureStats:
             batch = self._receive(embeddings, labels)
             start, waiting = self._start(batch.x)
             before = start.moments.covariance
-            state, stats = advance(start, batch.x, batch.labels, work=self._memory.lend(before, N=len(batch.x)))
+            state, stats, numbers = self._advance(start, batch)
             on_gpu = batch.x.is_cuda
             if self._config.strict and (n_ignored := int(stats.n_ignored)):
                 raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(batch.x))}.")
             self._state, self._waiting = state, waiting
             self._stats, self._report = self._memory.hand_out(stats, before=before), None
             if on_gpu:
-                self._report = Report(self._stats, wrong_label=batch.wrong_label)
+                self._report = Report(self._stats, numbers=numbers, wrong_label=batch.wrong_label)
                 self._recorder.expect(self._report)
         if not on_gpu:
             self._warn_of_ignored(int(stats.n_ignored), len(batch.x), stacklevel=CALLER)
@@ -245,6 +250,7 @@ class MixtureStats:
             ValueError: It is from another kind of estimator, or incomplete; this one is unchanged.
         """
         self._state, self._waiting = from_state_dict(self._config.core, state_dict)
+        self._memory, self._graphs = Memory(), Graphs(self._config.core)
         self._stats = NOTHING
 
     def flush(self) -> None:
@@ -276,6 +282,14 @@ class MixtureStats:
     def _receive(self, embeddings: Tensor, labels: Tensor | None) -> Batch:
         D = None if self._state is None else self._state.moments.mean.shape[1]
         return receive(self._config, embeddings, labels, D=D)
+
+    def _advance(self, start: MixtureState, batch: Batch) -> tuple[MixtureState, StepStats, Tensor | None]:
+        work = self._memory.lend(start.moments.covariance, N=len(batch.x))
+        if self._config.compile and batch.x.is_cuda and start is self._state:
+            replayed = self._graphs.step(start, batch.x, batch.labels, work)
+            if replayed is not None:
+                return replayed
+        return *advance(start, batch.x, batch.labels, work=work), None
 
     def _settle(self, *, but: int = 0) -> None:
         """Writes what has been logged and says what there is to say, but for that many of the latest updates."""

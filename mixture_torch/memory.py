@@ -97,7 +97,7 @@ class Memory:
             spare = torch.empty_like(like)
         elif reader is not None:
             reader.leave()
-        if self._rows is None or self._rows.device != like.device or self._rows.shape[1] < N + len(like):
+        if self._rows is None or self._rows.device != like.device or self._rows.shape[1] < Workspace.length(like, N=N):
             self._rows = Workspace.rows_for(like, N=N)
         return Workspace(spare, self._rows)
 

@@ -24,15 +24,18 @@ class Report:
 
     Args:
         stats: Of the update.
+        numbers: Of the same, if they are there already.
         wrong_label: () int64 as in `Batch`, None where there can be none.
     """
 
-    def __init__(self, stats: Mapping[str, Tensor], *, wrong_label: Tensor | None = None) -> None:
+    def __init__(
+        self, stats: Mapping[str, Tensor], *, numbers: Tensor | None = None, wrong_label: Tensor | None = None
+    ) -> None:
         self.N, self.K = stats["R"].shape
         self.step: int | None = None  # None until it is logged
         self.epoch = 0
         self.R: Tensor | None = None
-        self._numbers = _to_host(_numbers(stats))
+        self._numbers = _to_host(numbers_of(stats) if numbers is None else numbers)
         self._wrong_label = None if wrong_label is None else _to_host(wrong_label)
         self._stream = torch.cuda.current_stream(stats["R"].device) if stats["R"].is_cuda else None
         self._sent = None if self._stream is None else self._stream.record_event()
@@ -214,8 +217,8 @@ def _as_count(name: str, value: int) -> int:
     return count
 
 
-def _numbers(stats: Mapping[str, Tensor]) -> Tensor:
-    """pi_min, pi_max, trace_B, opnorm_B, and how many rows were ignored, (5,)."""
+def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
+    """Returns pi_min, pi_max, trace_B, opnorm_B, and how many rows were ignored, (5,)."""
     if isinstance(stats, StepStats):
         logged, n_ignored = figures(stats.moments), stats.n_ignored
     else:  # `stats` that went through a dict

@@ -21,6 +21,7 @@ OTHERS: dict[str, Any] = {
     "ema_decay": 0.5,
     "max_assign_iters": 4,
     "revive_below": 0.0,
+    "compile": True,
     "enabled": True,
     "store_scores": True,
     "scores_mode": "per_step",
