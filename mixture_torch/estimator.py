@@ -16,12 +16,12 @@ from mixture_core import MixtureState, StepStats
 from mixture_core.grouped import complete_
 from mixture_core.inputs import usable_rows
 from mixture_core.step import advance
-from mixture_torch.batches import Batch, as_plain_embeddings, receive, refuse
+from mixture_torch.batches import as_plain_embeddings, receive, refuse
 from mixture_torch.checkpoint import from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.graphs import Graphs
 from mixture_torch.memory import Memory
-from mixture_torch.precision import full_float32
+from mixture_torch.precision import full_float32, may_wait
 from mixture_torch.recorder import Recorder, Report
 
 DEFAULTS = MixtureRuntimeConfig()
@@ -172,22 +172,7 @@ class MixtureStats:
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
         self._settle(but=1)
-        with full_float32(embeddings):
-            batch = self._receive(embeddings, labels)
-            start, waiting = self._start(batch.x)
-            before = start.moments.covariance
-            state, stats, numbers = self._advance(start, batch)
-            on_gpu = batch.x.is_cuda
-            if self._config.strict and (n_ignored := int(stats.n_ignored)):
-                raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(batch.x))}.")
-            self._state, self._waiting = state, waiting
-            self._stats, self._report = self._memory.hand_out(stats, before=before), None
-            if on_gpu:
-                self._report = Report(self._stats, numbers=numbers, wrong_label=batch.wrong_label)
-                self._recorder.expect(self._report)
-        if not on_gpu:
-            self._warn_of_ignored(int(stats.n_ignored), len(batch.x), stacklevel=CALLER)
-        return self._stats
+        return self._replay(embeddings) or self._update(embeddings, labels)
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
@@ -212,8 +197,7 @@ class MixtureStats:
         if not stats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
         report = self._report if stats is self._stats else None
-        with full_float32(stats.get("R")):
-            self._recorder.record(stats, report, step=step, epoch=epoch)
+        self._recorder.record(stats, report, step=step, epoch=epoch)
         self._settle(but=1 if stats["R"].is_cuda else 0)
 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -279,21 +263,48 @@ class MixtureStats:
         """Closes the files."""
         self.close()
 
-    def _receive(self, embeddings: Tensor, labels: Tensor | None) -> Batch:
-        D = None if self._state is None else self._state.moments.mean.shape[1]
-        return receive(self._config, embeddings, labels, D=D)
+    def _replay(self, embeddings: Tensor) -> StepStats | None:
+        """What `update` does, where a graph that has been captured does it all."""
+        if not self._config.compile or self._config.uses_labels or self._config.cross_rank or self._config.strict:
+            return None
+        if self._state is None or self._waiting is not None or not self._graphs.take(embeddings):
+            return None
+        work = self._memory.lend(self._state.moments.covariance, N=len(embeddings))
+        step = self._graphs.replay(self._state, embeddings, None, work)
+        return None if step is None else self._commit(self._state, None, *step)
 
-    def _advance(self, start: MixtureState, batch: Batch) -> tuple[MixtureState, StepStats, Tensor | None]:
-        work = self._memory.lend(start.moments.covariance, N=len(batch.x))
-        if self._config.compile and batch.x.is_cuda and start is self._state:
-            replayed = self._graphs.step(start, batch.x, batch.labels, work)
-            if replayed is not None:
-                return replayed
-        return *advance(start, batch.x, batch.labels, work=work), None
+    def _update(self, embeddings: Tensor, labels: Tensor | None) -> StepStats:
+        with full_float32(embeddings):
+            D = None if self._state is None else self._state.moments.mean.shape[1]
+            x, labels, wrong_label = receive(self._config, embeddings, labels, D=D)
+            start, waiting = self._start(x)
+            work = self._memory.lend(start.moments.covariance, N=len(x))
+            step = None
+            if self._config.compile and x.is_cuda and start is self._state:
+                step = self._graphs.step(start, x, labels, work)
+            state, stats, report = step or (*advance(start, x, labels, work=work), None)
+            if self._config.strict and (n_ignored := int(stats.n_ignored)):
+                raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(x))}.")
+            if x.is_cuda and (report is None or wrong_label is not None):
+                report = Report.of(stats, wrong_label=wrong_label)
+            shown = self._commit(start, waiting, state, stats, report)
+        if report is None:
+            self._warn_of_ignored(int(stats.n_ignored), len(x), stacklevel=CALLER + 1)
+        return shown
+
+    def _commit(
+        self, start: MixtureState, waiting: Tensor | None, state: MixtureState, stats: StepStats, report: Report | None
+    ) -> StepStats:
+        """Makes the step the estimator's, and returns its statistics for the reader."""
+        shown = self._memory.hand_out(stats, before=start.moments.covariance)
+        self._state, self._waiting, self._stats, self._report = state, waiting, shown, report
+        if report is not None:
+            self._recorder.expect(report)
+        return shown
 
     def _settle(self, *, but: int = 0) -> None:
         """Writes what has been logged and says what there is to say, but for that many of the latest updates."""
-        for report in self._recorder.arrived(but=but):
+        for report in self._recorder.arrivals(but=but):
             at = "an update that was not logged" if report.step is None else f"step {report.step}"
             if report.wrong_label is not None:
                 refuse(report.wrong_label, self._config.K, at=at)
@@ -312,13 +323,14 @@ class MixtureStats:
             return _to_device(state, x.device), None
         if self._config.uses_labels:
             return mixture_core.init(self._config.core, x), None
-        rows = x[usable_rows(x)]
-        if state is not None and not len(rows):
-            return _to_device(state, x.device), waiting
-        if waiting is not None:
-            rows = torch.cat([waiting.to(x.device), rows])
-        generator = torch.Generator(device="cpu").manual_seed(self._config.seed)
-        state = mixture_core.init(self._config.core, rows, generator=generator)
+        with may_wait():  # for the GPU, once: how many rows there are decides whether to go on
+            rows = x[usable_rows(x)]
+            if state is not None and not len(rows):
+                return _to_device(state, x.device), waiting
+            if waiting is not None:
+                rows = torch.cat([waiting.to(x.device), rows])
+            generator = torch.Generator(device="cpu").manual_seed(self._config.seed)
+            state = mixture_core.init(self._config.core, rows, generator=generator)
         return state, rows if len(rows) < SEEDING_ROWS * self._config.K else None
 
 

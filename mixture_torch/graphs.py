@@ -9,7 +9,7 @@ from torch import Tensor
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats
 from mixture_core.grouped import Workspace
 from mixture_core.step import advance
-from mixture_torch.recorder import numbers_of
+from mixture_torch.recorder import Report, numbers_of
 
 MOST = 16  # graphs at a time: two for each size of batch
 
@@ -19,15 +19,17 @@ class Step(NamedTuple):
 
     state: MixtureState
     stats: StepStats
-    numbers: Tensor  # as in `numbers_of`
+    report: Report
 
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     x: Tensor  # (N, D) to copy the embeddings to
     labels: Tensor | None  # (N,) to copy the labels to
-    after: Moments  # what it writes to
-    results: Tensor  # float32: the counts of ignored and revived as the halves of int64, numbers, weight, mean, R
+    state: MixtureState  # after it, in memory that it writes to
+    results: Tensor  # float32: the counts of ignored and revived as the halves of int64, weight, mean, R
+    numbers: Tensor  # (5,) on the host, as in `numbers_of`
+    arrived: torch.cuda.Event  # for the numbers
 
 
 class Graphs:
@@ -47,36 +49,68 @@ class Graphs:
         self._failed = False
 
     def step(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
-        """Returns what `advance` would, from one replay; None where there is nothing to replay yet.
+        """Returns what `advance` would, from one replay; None where a step without a graph has to come first.
 
         Args:
-            state: From the step before, with its covariance in one of two memories that never change.
+            state: From the step before.
             x: (N, D) float32 embeddings on a GPU.
             labels: (N,) int64, where responsibilities come from labels.
-            work: The other memory.
+            work: The other memory than the state's.
         """
-        N, covariance = len(x), state.moments.covariance
+        N = len(x)
         if N not in self._warm or N == 0 or self._failed:
             self._warm.add(N)
             return None
-        before = self._memory(covariance)
-        if state.moments is not before:
-            before.weight.copy_(state.moments.weight)
-            before.mean.copy_(state.moments.mean)
-        key = (N, covariance.data_ptr(), work.covariance.data_ptr())
-        if key not in self._graphs:
+        if self._key(state, N, work) not in self._graphs:
             try:
-                self._capture(key, before, x, labels, work)
+                self._capture(state, x, labels, work)
             except RuntimeError as error:
                 self._failed = True
                 warnings.warn(f"`compile` has no effect: the step could not be captured ({error}).", stacklevel=5)
                 return None
-        graph = self._graphs[key]
-        graph.x.copy_(x)
+        return self.replay(state, x, labels, work)
+
+    def take(self, embeddings: Any) -> bool:
+        """Returns whether embeddings can go into a graph as they are."""
+        return (
+            isinstance(embeddings, Tensor)
+            and type(embeddings) in (Tensor, torch.nn.Parameter)
+            and embeddings.ndim == 2
+            and embeddings.is_cuda
+            and embeddings.is_floating_point()
+            and len(embeddings) in self._inputs
+            and self._inputs[len(embeddings)][0].shape == embeddings.shape
+            and self._inputs[len(embeddings)][0].device == embeddings.device
+            and not torch.is_inference_mode_enabled()  # in which what is made cannot be used outside
+        )
+
+    def replay(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
+        """Returns what `advance` would; None where no graph has been captured.
+
+        Args:
+            state: From the step before.
+            x: (N, D) embeddings on a GPU, of any floating type.
+            labels: (N,) int64, where responsibilities come from labels.
+            work: The other memory than the state's.
+        """
+        N = len(x)
+        graph = self._graphs.get(self._key(state, N, work))
+        if graph is None:
+            return None
+        before = self._memories[state.moments.covariance.data_ptr()]
+        if state.moments is not before:
+            before.weight.copy_(state.moments.weight)
+            before.mean.copy_(state.moments.mean)
+        graph.x.copy_(x.detach())
         if labels is not None and graph.labels is not None:
             graph.labels.copy_(labels)
         graph.graph.replay()
+        graph.arrived.record()
         return self._read(graph, N)
+
+    @staticmethod
+    def _key(state: MixtureState, N: int, work: Workspace) -> tuple[int, int, int]:
+        return N, state.moments.covariance.data_ptr(), work.covariance.data_ptr()
 
     def _memory(self, covariance: Tensor) -> Moments:
         """The moments in fixed memory that a covariance belongs to."""
@@ -87,32 +121,35 @@ class Graphs:
             self._memories[address] = Moments(weight=weight, mean=mean, covariance=covariance)
         return self._memories[address]
 
-    def _capture(
-        self, key: tuple[int, int, int], before: Moments, x: Tensor, labels: Tensor | None, work: Workspace
-    ) -> None:
+    def _capture(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> None:
         if len(self._graphs) >= MOST:
-            self._graphs, self._inputs = {}, {}
-            self._memories = {before.covariance.data_ptr(): before}
-        after, graph = self._memory(work.covariance), torch.cuda.CUDAGraph()
-        if len(x) not in self._inputs:
-            self._inputs[len(x)] = (torch.empty_like(x), None if labels is None else torch.empty_like(labels))
-        x, labels = self._inputs[len(x)]
+            self._graphs, self._inputs, self._memories = {}, {}, {}
+        before, after = self._memory(state.moments.covariance), self._memory(work.covariance)
+        N, key, graph = len(x), self._key(state, len(x), work), torch.cuda.CUDAGraph()
+        if N not in self._inputs:
+            self._inputs[N] = (torch.empty_like(x), None if labels is None else torch.empty_like(labels))
+        x, labels = self._inputs[N]
+        numbers = torch.empty(5, dtype=torch.float32, device="cpu", pin_memory=True)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Other threads, such as those that pin memory for data loaders, go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            state, stats = advance(MixtureState(config=self._config, moments=before), x, labels, work=work)
-            m = state.moments
+            new, stats = advance(MixtureState(config=self._config, moments=before), x, labels, work=work)
+            m = new.moments
             after.weight.copy_(m.weight)
             after.mean.copy_(m.mean)
+            numbers.copy_(numbers_of(stats), non_blocking=True)
             counts = torch.stack([stats.n_ignored, stats.n_revived]).view(torch.float32)
-            results = torch.cat([counts, numbers_of(stats), m.weight, m.mean.flatten(), stats.R.flatten()])
-        self._graphs[key] = _Graph(graph, x, labels, after, results)
+            results = torch.cat([counts, m.weight, m.mean.flatten(), stats.R.flatten()])
+        new = MixtureState(config=self._config, moments=after)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has not annotated it
+        self._graphs[key] = _Graph(graph, x, labels, new, results, numbers, arrived)
 
     def _read(self, graph: _Graph, N: int) -> Step:
         """A copy of the results, which the next replay overwrites."""
-        K, D = graph.after.mean.shape
-        counts, numbers, weight, mean, R = graph.results.clone().split_with_sizes([4, 5, K, K * D, N * K])
+        K, D = graph.state.moments.mean.shape
+        counts, weight, mean, R = graph.results.clone().split_with_sizes([4, K, K * D, N * K])
         n_ignored, n_revived = counts.view(torch.int64).unbind()
-        moments = Moments(weight=weight, mean=mean.view(K, D), covariance=graph.after.covariance)
+        moments = Moments(weight=weight, mean=mean.view(K, D), covariance=graph.state.moments.covariance)
         stats = StepStats(moments=moments, R=R.view(N, K), n_ignored=n_ignored, n_revived=n_revived)
-        return Step(MixtureState(config=self._config, moments=graph.after), stats, numbers)
+        report = Report(graph.numbers, N=N, K=K, arrived=graph.arrived)
+        return Step(graph.state, stats, report)

@@ -1,4 +1,4 @@
-"""Full float32, whatever training has set up around the estimator."""
+"""Full float32, and leave to wait for a GPU, whatever training has set up around the estimator."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,3 +38,16 @@ def full_float32(beside: object) -> Iterator[None]:
             matmul.fp32_precision = "none"  # as it was if it follows the setting of all backends
             if matmul.fp32_precision != precision:
                 matmul.fp32_precision = precision
+
+
+@contextmanager
+def may_wait() -> Iterator[None]:
+    """Runs its block without torch's debug mode that warns of or refuses waiting for a GPU."""
+    mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
+    if mode:
+        torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)

@@ -14,6 +14,7 @@ from mixture_core import StepStats
 from mixture_core.moments import figures
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import is_main_rank
+from mixture_torch.precision import full_float32
 from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 
 RECORDED = ("pi", "trace_B", "opnorm_B", "R")
@@ -23,34 +24,51 @@ class Report:
     """What the host has to know of one update; from a GPU it comes without anybody's waiting, a little later.
 
     Args:
-        stats: Of the update.
-        numbers: Of the same, if they are there already.
-        wrong_label: () int64 as in `Batch`, None where there can be none.
+        numbers: (5,) from `numbers_of`, on the host, or on the way there.
+        N: Rows of the update.
+        K: Number of components.
+        arrived: Recorded when all that is on the way has been sent; None where nothing is.
+        wrong_label: () int64 as in `Batch`, likewise; None where there can be none.
     """
 
     def __init__(
-        self, stats: Mapping[str, Tensor], *, numbers: Tensor | None = None, wrong_label: Tensor | None = None
+        self,
+        numbers: Tensor,
+        *,
+        N: int,
+        K: int,
+        arrived: torch.cuda.Event | None = None,
+        wrong_label: Tensor | None = None,
     ) -> None:
-        self.N, self.K = stats["R"].shape
+        self.N, self.K = N, K
         self.step: int | None = None  # None until it is logged
         self.epoch = 0
         self.R: Tensor | None = None
-        self._numbers = _to_host(numbers_of(stats) if numbers is None else numbers)
-        self._wrong_label = None if wrong_label is None else _to_host(wrong_label)
-        self._stream = torch.cuda.current_stream(stats["R"].device) if stats["R"].is_cuda else None
-        self._sent = None if self._stream is None else self._stream.record_event()
+        self._numbers, self._wrong_label, self._arrived = numbers, wrong_label, arrived
+
+    @classmethod
+    def of(cls, stats: Mapping[str, Tensor], *, wrong_label: Tensor | None = None) -> "Report":
+        """Returns the report of an update, sent off.
+
+        Args:
+            stats: What the update returned.
+            wrong_label: () int64 as in `Batch`, None where there can be none.
+        """
+        N, K = stats["R"].shape
+        numbers = _to_host(numbers_of(stats))
+        wrong_label = None if wrong_label is None else _to_host(wrong_label)
+        return cls(numbers, N=N, K=K, arrived=_sent(stats["R"]), wrong_label=wrong_label)
 
     def log(self, step: int, epoch: int, R: Tensor | None) -> None:
         """Makes it a row of the log, with responsibilities (N, K) or without."""
         self.step, self.epoch = step, epoch
         if R is not None:
-            self.R = _to_host(R)
-            self._sent = None if self._stream is None else self._stream.record_event()
+            self.R, self._arrived = _to_host(R), _sent(R)
 
     def wait(self) -> None:
         """Returns when everything is here."""
-        if self._sent is not None and not self._sent.query():
-            self._sent.synchronize()
+        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]  # torch has not annotated it
+            self._arrived.synchronize()
 
     @property
     def figures(self) -> list[float]:
@@ -102,7 +120,7 @@ class Recorder:
         """Keeps a report that is still on its way."""
         self._expected.append(report)
 
-    def arrived(self, *, but: int = 0) -> Iterator[Report]:
+    def arrivals(self, *, but: int = 0) -> Iterator[Report]:
         """Goes through the reports expected so far, as they arrive; those that are logged have been written.
 
         Args:
@@ -143,7 +161,8 @@ class Recorder:
             # Whoever never calls `close` finds all files complete all the same.
             weakref.finalize(self, _finish, self._files, self._expected)
         if report is None or report.step is not None:
-            report = Report(stats)
+            with full_float32(stats["R"]):
+                report = Report.of(stats)
             self.expect(report)
         report.log(step, epoch, stats["R"] if self._config.store_scores else None)
 
@@ -226,6 +245,11 @@ def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
         logged = torch.stack([pi.min(), pi.max(), stats["trace_B"], stats["opnorm_B"]])
         n_ignored = (stats["R"].sum(dim=1) == 0).sum()
     return torch.cat([logged, n_ignored.to(logged.dtype)[None]])
+
+
+def _sent(tensor: Tensor) -> torch.cuda.Event | None:
+    """Tells when all copies to the host that have been started so far are there; None for a tensor that is there."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
 
 def _to_host(tensor: Tensor) -> Tensor:
