@@ -33,7 +33,7 @@ class Workspace(NamedTuple):
     @staticmethod
     def length(covariance: Tensor, *, N: int) -> int:
         """Returns how long the memory for the rows has to be."""
-        return N + len(covariance) if covariance.device.type == "cpu" else 0
+        return 0 if covariance.is_cuda else N + covariance.shape[0]
 
 
 def absorb_rows(

@@ -27,9 +27,9 @@ def pytree(cls: type[Record]) -> type[Record]:
 
     # It must not close over `cls`: a compiled vmap fails on that.
     def __init__(self: Any, **values: Any) -> None:
-        if len(values) != len(names) or any(name not in values for name in names):
-            raise TypeError(f"`{class_name}` takes exactly {', '.join(names)} by keyword, got {', '.join(values)}.")
         for name in names:
+            if len(values) != len(names) or name not in values:
+                raise TypeError(f"`{class_name}` takes exactly {', '.join(names)} by keyword, got {', '.join(values)}.")
             object.__setattr__(self, name, values[name])
 
     def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:

@@ -53,7 +53,8 @@ class MixtureStats:
         seed: Of the estimator's own random numbers.
         strict: Raise where rows would be ignored.
         revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
-        compile: On a GPU, replay steps as CUDA graphs, one for each size of batch: a tenth of the host's time.
+        compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a tenth of the host's time. Not where
+            `strict` has to wait anyway.
 
     Raises:
         TypeError: An option is of the wrong type; the message names it, what was expected and what came.
@@ -198,7 +199,7 @@ class MixtureStats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
         report = self._report if stats is self._stats else None
         self._recorder.record(stats, report, step=step, epoch=epoch)
-        self._settle(but=1 if stats["R"].is_cuda else 0)
+        self._settle(but=1)
 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns R, (N, K) float32: each row's nearest mean as it stands, or its label, with no update of anything.
@@ -269,7 +270,7 @@ class MixtureStats:
             return None
         if self._state is None or self._waiting is not None or not self._graphs.take(embeddings):
             return None
-        work = self._memory.lend(self._state.moments.covariance, N=len(embeddings))
+        work = self._memory.lend(self._state.moments.covariance, N=embeddings.shape[0])
         step = self._graphs.replay(self._state, embeddings, None, work)
         return None if step is None else self._commit(self._state, None, *step)
 
@@ -280,13 +281,15 @@ class MixtureStats:
             start, waiting = self._start(x)
             work = self._memory.lend(start.moments.covariance, N=len(x))
             step = None
-            if self._config.compile and x.is_cuda and start is self._state:
+            if self._config.compile and x.is_cuda and start is self._state and not self._config.strict:
                 step = self._graphs.step(start, x, labels, work)
             state, stats, report = step or (*advance(start, x, labels, work=work), None)
             if self._config.strict and (n_ignored := int(stats.n_ignored)):
                 raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(x))}.")
-            if x.is_cuda and (report is None or wrong_label is not None):
-                report = Report.of(stats, wrong_label=wrong_label)
+            if x.is_cuda and report is None:
+                report = Report.of(stats)
+            if report is not None and wrong_label is not None:
+                report.doubt(wrong_label)
             shown = self._commit(start, waiting, state, stats, report)
         if report is None:
             self._warn_of_ignored(int(stats.n_ignored), len(x), stacklevel=CALLER + 1)

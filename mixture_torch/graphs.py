@@ -1,14 +1,19 @@
 """Steps as CUDA graphs: one launch in the place of some twenty, which take the host longer than the GPU."""
 
 import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import attrs
 import torch
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats
 from mixture_core.grouped import Workspace
 from mixture_core.step import advance
+from mixture_torch.precision import full_float32
 from mixture_torch.recorder import Report, numbers_of
 
 MOST = 16  # graphs at a time: two for each size of batch
@@ -18,18 +23,56 @@ class Step(NamedTuple):
     """What came of a step."""
 
     state: MixtureState
-    stats: StepStats
+    stats: StepStats  # with results that come `Later`
     report: Report
 
 
-class _Graph(NamedTuple):
+class _Results:
+    """The results of one replay, in the graph's memory until they are read or the graph is to run again.
+
+    Args:
+        memory: float32: the counts of ignored and revived as the halves of int64, weight, mean, R.
+        N: Rows of the batch.
+        K: Number of components.
+    """
+
+    def __init__(self, memory: Tensor, *, N: int, K: int) -> None:
+        self._memory, self._N, self._K = memory, N, K
+        self._parts: dict[str, Tensor] | None = None
+
+    def read(self) -> dict[str, Tensor]:
+        """Returns a copy, by name."""
+        if self._parts is None:
+            with full_float32(self._memory):
+                N, K = self._N, self._K
+                rest = len(self._memory) - 4 - K - N * K
+                counts, weight, mean, R = self._memory.clone().split_with_sizes([4, K, rest, N * K])
+                n_ignored, n_revived = counts.view(torch.int64).unbind()
+            self._parts = {"weight": weight, "mean": mean.view(K, -1), "R": R.view(N, K)}
+            self._parts |= {"n_ignored": n_ignored, "n_revived": n_revived}
+        return self._parts
+
+
+class _Part(NamedTuple):
+    """One of the results."""
+
+    results: _Results
+    name: str
+
+    def read(self) -> Tensor:
+        return self.results.read()[self.name]
+
+
+@attrs.define(eq=False)
+class _Graph:
     graph: torch.cuda.CUDAGraph
     x: Tensor  # (N, D) to copy the embeddings to
     labels: Tensor | None  # (N,) to copy the labels to
     state: MixtureState  # after it, in memory that it writes to
-    results: Tensor  # float32: the counts of ignored and revived as the halves of int64, weight, mean, R
+    results: Tensor  # as in _Results
     numbers: Tensor  # (5,) on the host, as in `numbers_of`
     arrived: torch.cuda.Event  # for the numbers
+    reader: Callable[[], _Results | None]  # who may yet read the results
 
 
 class Graphs:
@@ -72,15 +115,14 @@ class Graphs:
 
     def take(self, embeddings: Any) -> bool:
         """Returns whether embeddings can go into a graph as they are."""
+        if type(embeddings) not in (Tensor, torch.nn.Parameter) or embeddings.ndim != 2:
+            return False
+        known, _ = self._inputs.get(embeddings.shape[0], (None, None))
         return (
-            isinstance(embeddings, Tensor)
-            and type(embeddings) in (Tensor, torch.nn.Parameter)
-            and embeddings.ndim == 2
-            and embeddings.is_cuda
+            known is not None
             and embeddings.is_floating_point()
-            and len(embeddings) in self._inputs
-            and self._inputs[len(embeddings)][0].shape == embeddings.shape
-            and self._inputs[len(embeddings)][0].device == embeddings.device
+            and embeddings.shape == known.shape
+            and embeddings.device == known.device
             and not torch.is_inference_mode_enabled()  # in which what is made cannot be used outside
         )
 
@@ -93,7 +135,7 @@ class Graphs:
             labels: (N,) int64, where responsibilities come from labels.
             work: The other memory than the state's.
         """
-        N = len(x)
+        N = x.shape[0]
         graph = self._graphs.get(self._key(state, N, work))
         if graph is None:
             return None
@@ -101,12 +143,14 @@ class Graphs:
         if state.moments is not before:
             before.weight.copy_(state.moments.weight)
             before.mean.copy_(state.moments.mean)
+        if (reader := graph.reader()) is not None:
+            reader.read()
         graph.x.copy_(x.detach())
         if labels is not None and graph.labels is not None:
             graph.labels.copy_(labels)
         graph.graph.replay()
         graph.arrived.record()
-        return self._read(graph, N)
+        return self._step(graph, N)
 
     @staticmethod
     def _key(state: MixtureState, N: int, work: Workspace) -> tuple[int, int, int]:
@@ -142,14 +186,12 @@ class Graphs:
             results = torch.cat([counts, m.weight, m.mean.flatten(), stats.R.flatten()])
         new = MixtureState(config=self._config, moments=after)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has not annotated it
-        self._graphs[key] = _Graph(graph, x, labels, new, results, numbers, arrived)
+        self._graphs[key] = _Graph(graph, x, labels, new, results, numbers, arrived, lambda: None)
 
-    def _read(self, graph: _Graph, N: int) -> Step:
-        """A copy of the results, which the next replay overwrites."""
-        K, D = graph.state.moments.mean.shape
-        counts, weight, mean, R = graph.results.clone().split_with_sizes([4, K, K * D, N * K])
-        n_ignored, n_revived = counts.view(torch.int64).unbind()
-        moments = Moments(weight=weight, mean=mean.view(K, D), covariance=graph.state.moments.covariance)
-        stats = StepStats(moments=moments, R=R.view(N, K), n_ignored=n_ignored, n_revived=n_revived)
-        report = Report(graph.numbers, N=N, K=K, arrived=graph.arrived)
-        return Step(graph.state, stats, report)
+    def _step(self, graph: _Graph, N: int) -> Step:
+        results = _Results(graph.results, N=N, K=self._config.K)
+        graph.reader = weakref.ref(results)
+        part: Any = partial(_Part, results)
+        moments = Moments(weight=part("weight"), mean=part("mean"), covariance=graph.state.moments.covariance)
+        stats = StepStats(moments=moments, R=part("R"), n_ignored=part("n_ignored"), n_revived=part("n_revived"))
+        return Step(graph.state, stats, Report(graph.numbers, N=N, K=self._config.K, arrived=graph.arrived))

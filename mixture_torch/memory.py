@@ -1,8 +1,8 @@
-"""Where the covariances live: two memories that take turns, and copies for whoever reads them."""
+"""Where a step's results live: in memory that takes turns; and what is handed out of it, copied when it is read."""
 
 import weakref
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,28 @@ from mixture_core import Moments, StepStats
 from mixture_core.grouped import Workspace, complete_
 from mixture_core.pytrees import pytree
 from mixture_torch.precision import full_float32
+
+
+@runtime_checkable
+class Later(Protocol):
+    """A tensor that nobody has asked for yet."""
+
+    def read(self) -> Tensor:
+        """Returns it, in memory of its own."""
+
+
+class _Read:
+    """A field of a record that holds a tensor or what it will be read from."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, record: Any, owner: type | None = None) -> Tensor:
+        value: Tensor | Later = record.__dict__[self._name]
+        return value if isinstance(value, Tensor) else value.read()
+
+    def __set__(self, record: Any, value: Tensor | Later) -> None:
+        record.__dict__[self._name] = value
 
 
 class Triangle:
@@ -22,7 +44,7 @@ class Triangle:
 
     def __init__(self, lower: Tensor) -> None:
         self._lower: Tensor | None = lower
-        self._whole: Tensor | None = None
+        self._whole: Tensor = lower
 
     def leave(self) -> None:
         """Goes to memory of its own, before what it has is written to."""
@@ -34,22 +56,16 @@ class Triangle:
         if self._lower is not None:
             with full_float32(self._lower):
                 self._whole, self._lower = complete_(self._lower.clone()), None
-        return cast(Tensor, self._whole)
+        return self._whole
 
 
 @pytree
 class ExactMoments(Moments):
-    """Moments whose covariance is completed when it is read, and that are derived in full float32 in any context."""
+    """Moments that are derived in full float32 whatever context they are read in."""
 
-    @property
-    def covariance(self) -> Tensor:
-        """Component covariances, (K, D, D)."""
-        held: Tensor | Triangle = self.__dict__["covariance"]
-        return held.read() if isinstance(held, Triangle) else held
-
-    @covariance.setter
-    def covariance(self, value: Tensor | Triangle) -> None:
-        self.__dict__["covariance"] = value
+    weight = _Read()
+    mean = _Read()
+    covariance = _Read()
 
     @property
     def B(self) -> Tensor:
@@ -68,6 +84,15 @@ class ExactMoments(Moments):
         """Number of directions in use, ()."""
         with full_float32(self.weight):
             return super().participation_ratio
+
+
+@pytree
+class ExactStats(StepStats):
+    """Statistics whose moments are exact."""
+
+    R = _Read()
+    n_ignored = _Read()
+    n_revived = _Read()
 
 
 Reference: TypeAlias = Callable[[], Triangle | None]
@@ -105,11 +130,11 @@ class Memory:
         """Returns the statistics for a reader.
 
         Args:
-            stats: Of the step; of their covariance only the lower triangle is right.
+            stats: Of the step; of their covariance only the lower triangle is right, and the rest may come `Later`.
             before: The covariances that the step came from, whose memory is for the next step.
         """
         m = stats.moments
-        triangle = Triangle(m.covariance)
+        triangle: Any = Triangle(m.covariance)
         self._spare, self._reader_of_spare, self._reader = before, self._reader, weakref.ref(triangle)
-        moments = ExactMoments(weight=m.weight, mean=m.mean, covariance=cast(Tensor, triangle))
-        return StepStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)
+        moments = ExactMoments(weight=m.weight, mean=m.mean, covariance=triangle)
+        return ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)

@@ -43,7 +43,7 @@ def full_float32(beside: object) -> Iterator[None]:
 @contextmanager
 def may_wait() -> Iterator[None]:
     """Runs its block without torch's debug mode that warns of or refuses waiting for a GPU."""
-    mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
+    mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]  # torch's
     if mode:
         torch.cuda.set_sync_debug_mode(0)
     try:

@@ -28,42 +28,41 @@ class Report:
         N: Rows of the update.
         K: Number of components.
         arrived: Recorded when all that is on the way has been sent; None where nothing is.
-        wrong_label: () int64 as in `Batch`, likewise; None where there can be none.
     """
 
-    def __init__(
-        self,
-        numbers: Tensor,
-        *,
-        N: int,
-        K: int,
-        arrived: torch.cuda.Event | None = None,
-        wrong_label: Tensor | None = None,
-    ) -> None:
+    def __init__(self, numbers: Tensor, *, N: int, K: int, arrived: torch.cuda.Event | None = None) -> None:
         self.N, self.K = N, K
         self.step: int | None = None  # None until it is logged
         self.epoch = 0
         self.R: Tensor | None = None
-        self._numbers, self._wrong_label, self._arrived = numbers, wrong_label, arrived
+        self._numbers, self._arrived = numbers, arrived
+        self._wrong_label: Tensor | None = None
+        self._values: list[float] = []
 
     @classmethod
-    def of(cls, stats: Mapping[str, Tensor], *, wrong_label: Tensor | None = None) -> "Report":
+    def of(cls, stats: Mapping[str, Tensor]) -> "Report":
         """Returns the report of an update, sent off.
 
         Args:
             stats: What the update returned.
-            wrong_label: () int64 as in `Batch`, None where there can be none.
         """
         N, K = stats["R"].shape
-        numbers = _to_host(numbers_of(stats))
-        wrong_label = None if wrong_label is None else _to_host(wrong_label)
-        return cls(numbers, N=N, K=K, arrived=_sent(stats["R"]), wrong_label=wrong_label)
+        return cls(_to_host(numbers_of(stats)), N=N, K=K, arrived=_sent(stats["R"]))
 
     def log(self, step: int, epoch: int, R: Tensor | None) -> None:
         """Makes it a row of the log, with responsibilities (N, K) or without."""
         self.step, self.epoch = step, epoch
         if R is not None:
             self.R, self._arrived = _to_host(R), _sent(R)
+
+    def doubt(self, label: Tensor) -> None:
+        """Adds a label that may be wrong, () int64, as in `Batch`."""
+        self._wrong_label, self._arrived = _to_host(label), _sent(label)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._arrived is None
 
     def wait(self) -> None:
         """Returns when everything is here."""
@@ -73,13 +72,17 @@ class Report:
     @property
     def figures(self) -> list[float]:
         """pi_min, pi_max, trace_B and opnorm_B; nan where no row was usable: no instrument repeats old readings."""
-        *values, n_ignored = self._numbers.tolist()
-        return [float("nan")] * 4 if n_ignored == self.N else values
+        return [float("nan")] * 4 if self.n_ignored == self.N else self._read()[:4]
 
     @property
     def n_ignored(self) -> int:
         """How many rows were ignored."""
-        return int(self._numbers[-1])
+        return int(self._read()[4])
+
+    def _read(self) -> list[float]:
+        if not self._values:
+            self._values = self._numbers.tolist()
+        return self._values
 
     @property
     def wrong_label(self) -> int | None:
@@ -130,7 +133,7 @@ class Recorder:
             OSError: A file could not be written.
             ValueError: A file is not ours.
         """
-        while len(self._expected) > but:
+        while self._expected and (len(self._expected) > but or self._expected[0].is_here):
             report = self._expected.popleft()
             report.wait()
             if self._files is not None:

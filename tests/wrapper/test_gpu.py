@@ -159,7 +159,7 @@ def test_rows_and_scores_are_those_of_their_steps(compiled: bool, tmp_path: Path
         stats = one.update(x)
         one.log_step(step=step, epoch=0)
         logged.append([*(float(v) for v in (stats["pi"].min(), stats["pi"].max(), stats["trace_B"])), stats["R"].cpu()])
-        assert len(read_log(tmp_path)["step"]) >= step
+        assert step == 0 or len(read_log(tmp_path)["step"]) >= step
     one.flush()
     log, scores = read_log(tmp_path), read_scores(tmp_path)
     for step, (least, most, trace, R) in enumerate(logged):
