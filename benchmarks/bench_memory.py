@@ -35,9 +35,11 @@ def tables(settings: Settings) -> list[Table]:
             header=("last statistics", "compiled", "peak, MB", "new state, MB", "beyond it, MB", "beyond it, times x"),
             rows=tuple(rows),
             remarks=(
-                f"What an update takes at its peak, beyond the old state ({state} MB) and the batch x ({batch} MB). "
+                f"What the estimator takes at an update's peak, beyond the old state ({state} MB) and the batches "
+                f"({batch} MB each): the new state, whose memory it keeps for the step after, and what is beyond it. "
                 f"The bar is the new state and {TIMES_X} times x.",
-                "On CUDA, what torch allocated; on CPU, resident memory of a process of its own.",
+                "On CUDA, what torch allocated, and for compiled steps what it reserved, the graphs' memory included; "
+                "on CPU, resident memory of a process of its own.",
             ),
         )
     ]
@@ -59,7 +61,7 @@ def _row(settings: Settings, size: Size, *, held: bool, compile: bool) -> tuple[
 
 
 def peak_on_cuda(size: Size, *, held: bool, compile: bool) -> int:
-    """Returns the bytes that an update allocates at its peak beyond what is allocated before it.
+    """Returns the bytes that an estimator has at an update's peak beyond one state.
 
     Args:
         size: N, D and K.
@@ -68,21 +70,24 @@ def peak_on_cuda(size: Size, *, held: bool, compile: bool) -> int:
     """
     device = torch.device("cuda")
     batches, _ = cases.draw(size, device=device)
-    estimator = MixtureStats(K=size.K, enabled=True, **({"compile": True} if compile else {}))  # type: ignore[arg-type]  # by name
-    kept = _settle(estimator, batches, held=held)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved() if compile else torch.cuda.memory_allocated()
+    estimator = MixtureStats(K=size.K, enabled=True, compile=compile)
+    kept = _settle(estimator, batches * 3, held=held)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     estimator.update(batches[-1])
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    most = torch.cuda.max_memory_reserved() if compile else torch.cuda.max_memory_allocated()
+    peak = most - before - _state_bytes(size)
     del kept, estimator, batches
     torch.cuda.empty_cache()
     return peak
 
 
 def peak_on_cpu(size: Size, held: bool) -> int:
-    """Returns the bytes by which an update raises the resident memory of this process at its peak.
+    """Returns the bytes of resident memory that an estimator has at an update's peak beyond one state.
 
     Args:
         size: N, D and K.
@@ -90,12 +95,12 @@ def peak_on_cpu(size: Size, held: bool) -> int:
     """
     torch.set_num_threads(1)
     batches, _ = cases.draw(size, device=torch.device("cpu"))
+    before = _status("VmRSS")
     estimator = MixtureStats(K=size.K, enabled=True)
     kept = _settle(estimator, batches, held=held)
     CLEAR.write_text("5")  # makes the peak start anew from what is resident now
-    before = _status("VmRSS")
     estimator.update(batches[-1])
-    peak = _status("VmHWM") - before
+    peak = _status("VmHWM") - before - _state_bytes(size)
     del kept
     return peak
 

@@ -7,7 +7,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import COMPILED, ESTIMATOR, PRODUCT, READ, SCIKIT_LEARN, TEXTBOOK, Settings, Size
 from benchmarks.pages import NONE, Table, milliseconds, ratio
-from benchmarks.timing import gpu_medians, host_medians, minima, threads, warm_up
+from benchmarks.timing import STEPS_BETWEEN_EVENTS, gpu_medians, host_medians, minima, threads, warm_up
 
 TITLE = "A step against others"
 SIZE = ("N", "D", "K")
@@ -49,12 +49,22 @@ def _on_cuda(settings: Settings) -> Table:
     rows = [row for size in _sizes(settings, cases.CUDA_SIZES) for row in _cuda_rows(settings, size)]
     return Table(
         title="GPU and host time",
-        header=(*SIZE, "what", "GPU, ms", f"times {PRODUCT}", "times faster than textbook", "host, ms"),
+        header=(
+            *SIZE,
+            "what",
+            "GPU, ms",
+            f"times {PRODUCT}",
+            "times faster than textbook",
+            "host, ms",
+            "host at once, ms",
+        ),
         rows=tuple(rows),
         remarks=(
             f"Medians over {settings.rounds} interleaved rounds. GPU: from an event before 20 steps to one after them, "
-            "over 20; where the host is the slower of the two, it is the host's time. Host: from the call to its "
-            "return, nothing being on the GPU before it.",
+            "over 20; where the host is the slower of the two, it is the host's time. Host: the same 20 steps by the "
+            "clock, from an idle GPU to the last call's return; where the GPU is the slower, it is the GPU's time, since "
+            "a step's row waits for the one before. Host at once: a single step after a wait for the GPU, from which "
+            "a host wakes up slowly.",
             "A dash: the differences of all rows to all means would take more than 2 GB.",
         ),
     )
@@ -65,13 +75,15 @@ def _cuda_rows(settings: Settings, size: Size) -> list[tuple[str, ...]]:
     with cases.competitors(size, names, device=settings.device) as runs:
         warm_up(runs, steps=settings.warmups)
         gpu = gpu_medians(runs, rounds=settings.rounds)
-        host = host_medians(runs, rounds=settings.rounds)
+        host = host_medians(runs, rounds=settings.rounds, calls=STEPS_BETWEEN_EVENTS)
+        at_once = host_medians(runs, rounds=settings.rounds, calls=1)
     torch.cuda.empty_cache()
     rows = []
     for name in names:
         seconds, textbook = gpu.get(name), gpu.get(TEXTBOOK)
         faster = NONE if name in (PRODUCT, TEXTBOOK) else ratio(textbook, seconds)
         figures = milliseconds(seconds), ratio(seconds, gpu[PRODUCT]), faster, milliseconds(host.get(name))
+        figures = (*figures, milliseconds(at_once.get(name)))
         rows.append((*map(str, size), name, *figures))
     return rows
 

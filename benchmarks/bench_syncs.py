@@ -47,7 +47,7 @@ def syncs(run: Run) -> float:
                 run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught) / STEPS
+    return sum("called a synchronizing" in str(warning.message) for warning in caught) / STEPS
 
 
 def outcome(run: Run) -> str:

@@ -70,14 +70,15 @@ def gpu_medians(runs: Mapping[str, Run], *, rounds: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in _interleaved(clocks, rounds).items()}
 
 
-def host_medians(runs: Mapping[str, Run], *, rounds: int) -> dict[str, float]:
-    """Returns the median seconds that a call keeps the host, by name, the GPU being idle before it.
+def host_medians(runs: Mapping[str, Run], *, rounds: int, calls: int) -> dict[str, float]:
+    """Returns the median seconds that a call keeps the host, by name, in so many calls from an idle GPU on.
 
     Args:
         runs: The competitors, warmed up.
         rounds: How often each has its turn.
+        calls: 1 is a host that has just woken up, which takes its time; more also wait where the GPU is slower.
     """
-    clocks = {name: _Host(run) for name, run in runs.items()}
+    clocks = {name: _Host(run, calls) for name, run in runs.items()}
     return {name: statistics.median(seconds) for name, seconds in _interleaved(clocks, rounds).items()}
 
 
@@ -134,11 +135,12 @@ class _Events:
 
 
 class _Host:
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, calls: int) -> None:
+        self.run, self.calls = run, calls
 
     def __call__(self) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        self.run()
-        return time.perf_counter() - start
+        for _ in range(self.calls):
+            self.run()
+        return (time.perf_counter() - start) / self.calls

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import kernels
-from mixture_core.grouped import Workspace, group_means
+from mixture_core.grouped import Workspace, group_means, inverse
 from mixture_core.inputs import (
     as_embeddings,
     as_labels,
@@ -70,7 +70,7 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
     rows = torch.where(usable[:, None], x - center, 0.0)
     current, moved = start - center, torch.zeros_like(start[:, :1], dtype=torch.bool)
     for _ in range(iterations):
-        R = one_hot(_nearest(rows, usable, current), len(start)).to(x.dtype)
+        R = one_hot(_nearest(rows.detach(), usable, current.detach()), len(start)).to(x.dtype)
         occupied = R.sum(dim=0)[:, None] > 0
         current, moved = torch.where(occupied, component_means(rows, R), current), moved | occupied
     return R, torch.where(moved, current + center, start)
@@ -102,7 +102,7 @@ def nearest_means(
         index = _nearest(rows, usable, current)
         if plain:  # half the time, and rows that are not usable may hold anything
             counts = torch.bincount(index, minlength=K).tolist()[:K]
-            means = group_means(rows, index, counts)[:K]
+            means = group_means(rows, index, inverse(counts, like=rows))[:K]
             if all(counts):
                 current = means
                 continue
@@ -112,6 +112,8 @@ def nearest_means(
             occupied, means = R.sum(dim=0) > 0, component_means(rows, R)
         current = torch.where(occupied[:, None], means, current)
     index = _nearest(rows, usable, current)
+    if plain:  # in two calls instead of four
+        return index, torch.eye(K + 1, K, dtype=x.dtype, device=x.device).index_select(0, index)
     return index, one_hot(index, K).to(x.dtype)
 
 
@@ -189,7 +191,7 @@ def _check_count(name: str, value: int) -> None:
 
 def _nearest(rows: Tensor, usable: Tensor | None, centroids: Tensor) -> Tensor:
     """The index of each row's nearest centroid, (N,); K where it is not usable."""
-    rows, centroids, K = rows.detach(), centroids.detach(), len(centroids)
+    K = len(centroids)
     squares = centroids.square().sum(dim=1)
     # Few rows times many, and not many times few: a fifth faster on the CPU, what the transposition takes included.
     nearest = torch.addmm(squares[:, None], centroids, rows.mT, alpha=-2).mT.contiguous().argmin(dim=1)

@@ -66,10 +66,11 @@ def absorb_rows(
     component.index_fill_(0, last, K)
     rows, scratch = work.rows[:, : len(source)].unbind()
     groups = torch.index_select(x, 0, source, out=rows).split_with_sizes(sizes)
-    near = group_means(rows, component, counts)
+    one_over = inverse(counts, like=x)
+    near = group_means(rows, component, one_over)
     _subtract(near, rows, groups, component, scratch)
     # Now about `near`: the differences are exact, and what rounding took from the mean is in theirs.
-    lost = group_means(rows, component, counts)
+    lost = group_means(rows, component, one_over)
     _subtract(lost, rows, groups, component, scratch)
     batch_mean = near.add_(lost)[:K]
 
@@ -77,14 +78,14 @@ def absorb_rows(
     totals = [old + count or 1.0 for old, count in zip(olds, counts, strict=True)]
     shares = [count / total for count, total in zip(counts, totals, strict=True)]
     roots = [(old * share) ** 0.5 for old, share in zip(olds, shares, strict=True)]
-    share, root = x.new_tensor([shares, roots])[:, :, None]
-    rows.index_copy_(0, last, (batch_mean - mean).mul_(root))
+    total, share, root = x.new_tensor([[w + n for w, n in zip(olds, counts, strict=True)], shares, roots]).unbind()
+    rows.index_copy_(0, last, (batch_mean - mean).mul_(root[:, None]))
     for k, (Z, C, out) in enumerate(zip(groups, covariance.unbind(), work.covariance.unbind(), strict=True)):
         if counts[k]:
             _add_products(C, Z, old=olds[k] / totals[k], new=1 / totals[k], out=out)
         elif work.covariance is not covariance:
             out.copy_(C)
-    return weight + x.new_tensor(counts), torch.lerp(mean, batch_mean, share), work.covariance, batch_mean
+    return total, torch.lerp(mean, batch_mean, share[:, None]), work.covariance, batch_mean
 
 
 def complete_(covariance: Tensor) -> Tensor:
@@ -96,16 +97,20 @@ def complete_(covariance: Tensor) -> Tensor:
     return covariance
 
 
-def group_means(rows: Tensor, component: Tensor, counts: Sequence[int]) -> Tensor:
+def inverse(counts: Sequence[int], *, like: Tensor) -> Tensor:
+    """Returns 1 over each count, and 1 where it is 0 and once more, (K + 1, 1), as `group_means` takes it."""
+    return like.new_tensor([1 / (count or 1) for count in counts] + [1.0])[:, None]
+
+
+def group_means(rows: Tensor, component: Tensor, one_over: Tensor) -> Tensor:
     """Returns the means of the rows of each component, 0 where there are none, and one row of no meaning: (K + 1, D).
 
     Args:
         rows: (M, D).
         component: (M,) int64; K where the row counts for nothing, and may hold anything.
-        counts: How many rows to divide by, K numbers.
+        one_over: (K + 1, 1) from `inverse`, of the number of rows to divide by.
     """
-    sums = rows.new_zeros(len(counts) + 1, rows.shape[1]).index_add_(0, component, rows)
-    return sums.mul_(rows.new_tensor([1 / (count or 1) for count in counts] + [1.0])[:, None])
+    return rows.new_zeros(one_over.shape[0], rows.shape[1]).index_add_(0, component, rows).mul_(one_over)
 
 
 def _subtract(means: Tensor, rows: Tensor, groups: Sequence[Tensor], component: Tensor, scratch: Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLE = 27  # rows, a power of 3
+SAMPLE = 9  # rows, a power of 3
 
 
 def as_tensor(value: Any, *, name: str) -> Tensor:
@@ -98,7 +98,7 @@ def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
     """Returns a point amid the usable rows, (D,); 0 where there is none.
 
     Sums of squares lose all digits of embeddings that are far from 0. They do not about a point among the embeddings,
-    which is here the remedian, coordinate by coordinate, of 27 rows: unlike a mean it stays there beside rows that are
+    which is here the remedian, coordinate by coordinate, of 9 rows: unlike a mean it stays there beside rows that are
     far out, and unlike the centroids it goes with a collapse.
 
     Args:

@@ -132,6 +132,8 @@ def _between_factor(pi: Tensor, mean: Tensor) -> Tensor:
     # Centred twice, since pi sums to 1 only up to rounding.
     once = mean - pi.mT @ mean
     deviation = once - pi.mT @ once
+    if is_plain(pi):
+        return pi.sqrt() * deviation
     positive = pi > 0
     return torch.where(positive, torch.where(positive, pi, 1.0).sqrt(), 0.0) * deviation
 

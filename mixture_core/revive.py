@@ -37,9 +37,9 @@ def revive(
         return m, kernels.revive(
             m.weight, m.mean, m.covariance, batch_mean, x.contiguous(), index, revive_below=revive_below
         )
-    dead = moments.weight.min() < moments.weight.sum() * (revive_below / K)
-    if looks(dead) and not dead:  # elsewhere nobody may look
+    if looks(moments.weight) and _all_live(moments.weight.tolist(), revive_below / K):  # elsewhere nobody may look
         return moments, torch.zeros((), dtype=torch.int64, device=x.device)
+    dead = moments.weight.min() < moments.weight.sum() * (revive_below / K)
     lightest = moments.weight.argmin()
     used = index < K
     difference = torch.where(used[:, None], x - R @ batch_mean, 0.0)
@@ -58,3 +58,8 @@ def revive(
         mean=torch.where(moved[:, None], target, moments.mean),
         covariance=torch.where(moved[:, None, None], 0.0, moments.covariance),
     ), moves.to(torch.int64)
+
+
+def _all_live(weights: list[float], share: float) -> bool:
+    """Whether the lightest is clear of that share, beyond what rounding in another order could make of it."""
+    return min(weights) > sum(weights) * share * 1.001
