@@ -63,8 +63,8 @@ def _on_cuda(settings: Settings) -> Table:
             f"Medians over {settings.rounds} interleaved rounds. GPU: from an event before 20 steps to one after them, "
             "over 20; where the host is the slower of the two, it is the host's time. Host: the same 20 steps by the "
             "clock, from an idle GPU to the last call's return; where the GPU is the slower, it is the GPU's time, "
-            "since a step's row waits for the one before. Host at once: a single step after a wait for the GPU, from which "
-            "a host wakes up slowly.",
+            "since a step's row waits for the one before. Host at once: a single step after a wait for the GPU, from "
+            "which a host wakes up slowly.",
             "A dash: the differences of all rows to all means would take more than 2 GB.",
         ),
     )

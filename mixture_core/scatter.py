@@ -80,12 +80,14 @@ def absorb(history: Moments, x: Tensor, index: Tensor, *, work: Workspace | None
         memory = work or Workspace.like(history.covariance, N=x.shape[0])
         weight, mean, covariance, batch_mean = _absorb_plainly(*arguments, memory)
         covariance = covariance if work else complete_(covariance)
-    elif not torch.compiler.is_compiling():
-        weight, mean, covariance, batch_mean = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments):
-        weight, mean, covariance, batch_mean = _absorb_densely(*arguments)
+    elif torch.compiler.is_compiling():  # which does not take functions with a forward derivative
+        gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
+        form = _absorb_densely if gradient else torch.ops.mixture_core.absorb
+        weight, mean, covariance, batch_mean = form(*arguments)
+    elif torch.autograd.forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active():
+        weight, mean, covariance, batch_mean = _absorb_densely(*arguments)  # dual numbers: no place for more of them
     else:
-        weight, mean, covariance, batch_mean = torch.ops.mixture_core.absorb(*arguments)
+        weight, mean, covariance, batch_mean = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
     return Moments(weight=weight, mean=mean, covariance=covariance), batch_mean
 
 

@@ -1,0 +1,233 @@
+"""The grouped way from rows to moments equals the dense one, in its numbers and under every transform."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from mixture_core import Moments, batch_moments
+from mixture_core.grouped import BLOCK, Workspace, complete_
+from mixture_core.scatter import _absorb_densely, absorb
+from tests.core.common import assert_same_bits
+from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64, relative_error
+
+SHAPES = [
+    (200, 3, 5), (67, 65, 3), (150, BLOCK + 2, 2), (90, 2 * BLOCK + 40, 3), (40, 1, 1), (1, 3, 2), (1, 1, 1),
+    (3, 2, 20), (130, 4, 70), (900, 3 * BLOCK, 2),
+]  # fmt: skip
+RESULTS = ("weight", "mean", "covariance", "batch mean")
+
+
+def problem(N: int, D: int, K: int, *, offset: float = 0.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """History, rows and index, with empty components, one of a single row, weights of 0, and rows of nobody."""
+    generator = torch.Generator().manual_seed(N + D + K)
+    x = torch.randn(N, D, generator=generator) + offset
+    index = torch.randint(0, K + 1, (N,), generator=generator)
+    index[(index % 3 == 2) & (index < K)] = 0
+    index[index == 1] = 0
+    index[N // 2] = min(1, K - 1)
+    x[index == K] = torch.tensor([float("nan"), float("inf"), 1e30])[torch.arange(int((index == K).sum())) % 3][:, None]
+    factor = torch.randn(K, D, D, generator=generator)
+    weight = 30 * torch.rand(K, generator=generator)
+    weight[3::4] = 0
+    mean = torch.randn(K, D, generator=generator) + offset
+    return weight.to(dtype), mean.to(dtype), (factor @ factor.mT / D).to(dtype), x.to(dtype), index
+
+
+def absorbed(weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """`absorb` of tensors."""
+    new, batch_mean = absorb(Moments(weight=weight, mean=mean, covariance=covariance), x, index)
+    return new.weight, new.mean, new.covariance, batch_mean
+
+
+def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], index: Tensor, tolerance: float) -> None:
+    occupied = torch.bincount(index, minlength=len(expected[0]))[: len(expected[0])] > 0
+    for name, found, wanted in zip(RESULTS, actual, expected, strict=True):
+        if name == "batch mean":  # which says nothing of a component without a row
+            found, wanted = found[occupied], wanted[occupied]
+        assert relative_error(found, wanted) <= tolerance, name
+
+
+# The numbers
+
+
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absorb_equals_the_dense_form(N: int, D: int, K: int, dtype: torch.dtype) -> None:
+    arguments = problem(N, D, K, dtype=dtype)
+    expected = _absorb_densely(*(t.double() for t in arguments[:4]), arguments[4])
+    assert_close(absorbed(*arguments), expected, arguments[4], FLOAT32 if dtype == torch.float32 else FLOAT64)
+
+
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+def test_absorb_far_from_zero_equals_the_dense_form(N: int, D: int, K: int) -> None:
+    arguments = problem(N, D, K, offset=1000.0)
+    expected = _absorb_densely(*(t.double() for t in arguments[:4]), arguments[4])
+    assert_close(absorbed(*arguments), expected, arguments[4], FAR_FROM_ZERO)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4])
+def test_absorb_at_a_collapse_equals_the_dense_form(spread: float) -> None:
+    weight, mean, covariance, x, index = problem(400, 20, 3)
+    x = torch.where((index < 3)[:, None], 1 + spread * x, x)
+    nothing = (0 * weight, mean, covariance)
+    expected = _absorb_densely(*(t.double() for t in nothing), x.double(), index)
+    rows = torch.bincount(index, minlength=3)[:3] > 1  # of a single row there is nothing to measure by
+    assert relative_error(absorbed(*nothing, x, index)[2][rows], expected[2][rows]) <= FLOAT32
+
+
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+def test_absorb_keeps_components_without_a_row_to_the_bit(N: int, D: int, K: int) -> None:
+    weight, mean, covariance, x, index = problem(N, D, K)
+    covariance = (covariance + covariance.mT) / 2
+    absent = torch.bincount(index, minlength=K)[:K] == 0
+    for found, wanted in zip(absorbed(weight, mean, covariance, x, index), (weight, mean, covariance), strict=False):
+        assert torch.equal(found[absent], wanted[absent])
+
+
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+def test_absorbed_covariances_are_symmetric_to_the_bit(N: int, D: int, K: int) -> None:
+    covariance = absorbed(*problem(N, D, K))[2]
+    assert torch.equal(covariance, covariance.mT)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_absorb_into_given_memory_equals_absorb(own: bool) -> None:
+    weight, mean, covariance, x, index = problem(90, 2 * BLOCK + 40, 3)
+    expected = absorbed(weight, mean, covariance, x, index)
+    above = torch.ones_like(covariance).triu(diagonal=1) > 0
+    garbage = torch.full_like(covariance, float("nan"))
+    history = torch.where(above, garbage, covariance)  # whose upper triangle must not be read
+    work = Workspace(history if own else garbage, torch.full((2, 200, x.shape[1]), float("nan")))
+    new, _ = absorb(Moments(weight=weight, mean=mean, covariance=history), x, index, work=work)
+    assert new.covariance is work.covariance
+    assert torch.equal(complete_(new.covariance), expected[2])
+    assert torch.equal(new.mean, expected[1])
+
+
+def test_absorb_of_no_rows_is_the_history() -> None:
+    weight, mean, covariance, x, index = problem(5, 3, 2)
+    history = Moments(weight=weight, mean=mean, covariance=covariance)
+    assert_same_bits(absorb(history, x[:0], index[:0])[0], history)
+
+
+@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
+def test_hard_and_soft_responsibilities_give_the_same_moments(N: int, D: int, K: int) -> None:
+    *_, x, index = problem(N, D, K, dtype=torch.float64)
+    R = (index[:, None] == torch.arange(K)).double()
+    hard, soft = batch_moments(x, R), batch_moments(x, R * (1 - 1e-15))  # no longer 1, and so taken densely
+    for name in ("weight", "mean", "covariance"):
+        assert relative_error(getattr(hard, name), getattr(soft, name)) <= FLOAT64, name
+
+
+# The transforms
+
+
+def scalar(function: Callable[..., tuple[Tensor, ...]], index: Tensor) -> Callable[..., Tensor]:
+    """A number that depends on all results in a way that no symmetry hides, as a function of what has derivatives."""
+
+    def number(*arguments: Tensor) -> Tensor:
+        weight, mean, covariance, batch_mean = function(*arguments, index)
+        occupied = torch.bincount(index, minlength=weight.shape[-1])[: weight.shape[-1]] > 0
+        slope = torch.linspace(0.5, 2.0, covariance.numel(), dtype=covariance.dtype).reshape(covariance.shape)
+        total = (slope * covariance).square().sum() + (mean * batch_mean)[occupied].sum() + (weight**2).sum()
+        return total * mean.square().sum()
+
+    return number
+
+
+def small() -> tuple[tuple[Tensor, ...], Tensor]:
+    *values, index = problem(12, 3, 3, dtype=torch.float64)
+    values[3] = values[3].nan_to_num(0.0, 0.0, 0.0)  # finite differences between them would be NaN in either form
+    return tuple(values), index
+
+
+@pytest.mark.parametrize("argnum", range(4))
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian])
+def test_derivatives_equal_those_of_the_dense_form(
+    transform: Callable[..., Callable[..., Tensor]], argnum: int
+) -> None:
+    values, index = small()
+    expected = transform(scalar(_absorb_densely, index), argnums=argnum)(*values)
+    actual = transform(scalar(absorbed, index), argnums=argnum)(*values)
+    assert relative_error(actual, expected) <= 10 * FLOAT64
+    assert actual.abs().max() > 0
+
+
+def test_forward_derivatives_equal_those_of_the_dense_form() -> None:
+    values, index = small()
+    tangents = tuple(torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=v.dtype) for v in values)
+    expected = jvp(lambda *v: _absorb_densely(*v, index), values, tangents)
+    actual = jvp(lambda *v: absorbed(*v, index), values, tangents)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert_close(found, wanted, index, 10 * FLOAT64)
+
+
+def test_dual_numbers_outside_of_transforms_carry_the_derivative() -> None:
+    values, index = small()
+    tangent = torch.ones_like(values[3])
+    expected = jvp(lambda x: _absorb_densely(*values[:3], x, index)[2], (values[3],), (tangent,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(values[3], tangent)
+        actual = torch.autograd.forward_ad.unpack_dual(absorbed(*values[:3], dual, index)[2]).tangent
+    assert relative_error(actual, expected) <= 10 * FLOAT64
+
+
+def test_plain_autograd_equals_the_dense_form_twice() -> None:
+    values, index = small()
+    results = []
+    for function in (absorbed, _absorb_densely):
+        leaves = [v.clone().requires_grad_() for v in values]
+        first = torch.autograd.grad(scalar(function, index)(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append([*first, *second])
+    for found, wanted in zip(*results, strict=True):
+        assert relative_error(found, wanted) <= 10 * FLOAT64
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0, 0, 0), (None, None, None, 0, 0), (0, 0, 0, None, None), (None, 1, None, 1, 1)]
+)
+def test_vmap_equals_a_loop(in_dims: tuple[int | None, ...]) -> None:
+    single = [problem(12, 3, 3, dtype=torch.float64, offset=o) for o in (0.0, 1.0, 2.0)]
+    stacked = [
+        ts[0] if dim is None else torch.stack(ts, dim=dim)
+        for ts, dim in zip(zip(*single, strict=True), in_dims, strict=True)
+    ]
+    results = vmap(absorbed, in_dims=in_dims)(*stacked)
+    for item in range(3):
+        one = [t if dim is None else t.select(dim, item) for t, dim in zip(stacked, in_dims, strict=True)]
+        for found, wanted in zip(results, absorbed(*one), strict=True):
+            torch.testing.assert_close(found[item], wanted, rtol=FLOAT64, atol=FLOAT64, equal_nan=True)
+
+
+def test_vmap_of_gradients_and_gradients_of_vmap_equal_loops() -> None:
+    values, index = small()
+    batches = torch.stack([values[3], values[3] + 1, values[3].flip(0)])
+    number = scalar(absorbed, index)
+
+    def total(rows: Tensor) -> Tensor:
+        return vmap(lambda x: number(*values[:3], x))(rows).sum()
+
+    expected = torch.stack([grad(lambda x: number(*values[:3], x))(x) for x in batches])
+    assert relative_error(vmap(grad(lambda x: number(*values[:3], x)))(batches), expected) <= 10 * FLOAT64
+    assert relative_error(grad(total)(batches), expected) <= 10 * FLOAT64
+    _, pull = vjp(total, batches)
+    assert relative_error(pull(torch.ones((), dtype=torch.float64))[0], expected) <= 10 * FLOAT64
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_compiled_equals_plain(needs_gradient: bool) -> None:
+    torch._dynamo.reset()
+    values, index = small()
+    x = values[3].clone().requires_grad_(needs_gradient)
+    compiled = torch.compile(absorbed, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*values[:3], x, index), absorbed(*values[:3], x, index), index, FLOAT64)
+    torch._dynamo.reset()
+
+
+def test_operator_is_what_torch_expects_of_one() -> None:
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.mixture_core.absorb.default, problem(12, 3, 3), test_utils=checks)

@@ -1,0 +1,99 @@
+"""Where the covariances live: what is handed out keeps its values, and no memory is taken twice."""
+
+import copy
+import pickle
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from mixture_torch import MixtureStats
+from tests.wrapper.samples import bits, estimator, mixture
+
+D = 200  # covariances of which only the lower blocks are written
+
+
+def batches(count: int) -> list[Tensor]:
+    return [mixture(D=D, seed=seed)[0] for seed in range(count)]
+
+
+def expected(count: int) -> list[dict[str, Any]]:
+    """What every step's statistics are, read at once."""
+    one = estimator()
+    return [bits(dict(one.update(x))) for x in batches(count)]
+
+
+def test_statistics_read_late_are_those_of_their_step() -> None:
+    one = estimator()
+    kept = [one.update(x) for x in batches(8)]
+    assert [bits(dict(stats)) for stats in kept] == expected(8)
+
+
+@pytest.mark.parametrize("age", [1, 2, 3])
+def test_statistics_held_for_some_steps_are_those_of_their_step(age: int) -> None:
+    one, held = estimator(), []
+    for x, wanted in zip(batches(10), [*[None] * age, *expected(10)], strict=False):
+        held.append(one.update(x))
+        if wanted is not None:
+            assert bits(dict(held.pop(0))) == wanted
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda stats: pickle.loads(pickle.dumps(stats))])
+def test_copies_of_statistics_keep_their_values(copied: Any) -> None:
+    one = estimator()
+    copies = [copied(one.update(x)) for x in batches(6)]
+    assert [bits(dict(stats)) for stats in copies] == expected(6)
+
+
+def test_mapped_statistics_keep_their_values() -> None:
+    one = estimator()
+    kept = [tree_map(lambda t: t + 0, one.update(x)) for x in batches(6)]
+    assert [bits(dict(stats)) for stats in kept] == expected(6)
+
+
+@pytest.mark.parametrize("take", [lambda one: one.stats.Sigma, lambda one: one.state.moments.covariance])
+def test_changes_to_covariances_handed_out_do_not_reach_the_estimator(take: Any) -> None:
+    one = estimator()
+    for x, wanted in zip(batches(6), expected(6), strict=True):
+        assert bits(dict(one.update(x))) == wanted
+        take(one).zero_()
+
+
+def test_two_memories_take_turns() -> None:
+    one, addresses = MixtureStats(K=3, enabled=True), set()
+    for x in batches(12):
+        stats = one.update(x)  # held until the next one is there
+        assert one._state is not None
+        addresses.add(one._state.moments.covariance.data_ptr())
+        assert stats["Sigma"].data_ptr() not in addresses
+    assert len(addresses) == 2
+
+
+def test_covariances_are_symmetric_to_the_bit() -> None:
+    one = estimator()
+    for x in batches(3):
+        for Sigma in (one.update(x)["Sigma"], one.state_dict()["covariance"]):
+            assert isinstance(Sigma, Tensor)
+            assert torch.equal(Sigma, Sigma.mT)
+
+
+def test_an_update_that_breaks_off_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = estimator()
+    first, second, third = batches(3)
+    one.update(first)
+    before = bits(one.state_dict()), bits(dict(one.stats))
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["mixture_core.step"], "revive", broken)  # the covariances have been written by then
+        with pytest.raises(KeyboardInterrupt):
+            one.update(second)
+    assert (bits(one.state_dict()), bits(dict(one.stats))) == before
+    again = estimator()
+    again.update(first)
+    assert bits(dict(one.update(third))) == bits(dict(again.update(third)))
