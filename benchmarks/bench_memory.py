@@ -39,7 +39,8 @@ def tables(settings: Settings) -> list[Table]:
                 f"({batch} MB each): the new state, whose memory it keeps for the step after, and what is beyond it. "
                 f"The bar is the new state and {TIMES_X} times x.",
                 "On CUDA, what torch allocated, and for compiled steps what it reserved, the graphs' memory included; "
-                "on CPU, resident memory of a process of its own.",
+                "on CPU, resident memory of a process of its own, which is less than the new state: of it only what "
+                "lies on or below the diagonal is ever touched.",
             ),
         )
     ]

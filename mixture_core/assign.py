@@ -87,7 +87,7 @@ def nearest_means(
         iterations: At least 1.
         work: Memory to use where one `looks`.
     """
-    if is_plain(x, centroids) and kernels.usable_on(x):
+    if is_plain(x, centroids) and kernels.usable_on(x, K=len(centroids)):
         return _nearest_on_gpu(x.contiguous(), centroids, iterations=iterations)
     x, centroids, K = x.detach(), centroids.detach(), len(centroids)
     usable = rows_not_all_usable(x)

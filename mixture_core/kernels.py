@@ -3,13 +3,15 @@
 A step by these functions waits for nothing on the host, allocates by `torch.empty` alone, so that a CUDA graph can
 hold it, and repeats bit for bit: no two programs add to the same number. Without Triton the module can be imported
 and `usable_on` says no. The arguments are trusted: float32 and contiguous, indices int32, all on one device. A kernel
-is compiled for each D and K, not for each N. K may be up to 65,535.
+is compiled for each D and K, not for each N.
 """
 # Kernels are written in Triton's language, of which mypy knows nothing; what launches them is typed.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ else:
 LARGEST = torch.finfo(torch.float32).max ** 0.5 * 2.0**-20  # a usable row has no entry beyond, see inputs.usable_rows
 SAMPLES = 32  # rows of which the middle one is the center; so many flags must fit an int64
 TILE = 64  # of the covariance; its kernel with 4 warps, 3 stages and 32 rows at a time was the fastest on an H100
+MAX_K = 65_535  # rows of a grid
 MAX_SUMMARY_K = 128  # one program holds a K x K matrix
 SQUARINGS = 16  # as in moments
 OUTLIERS = 20  # as in revive
@@ -37,11 +40,30 @@ def _jit(kernel: Any) -> Any:
     return triton.jit(kernel, do_not_specialize=["N"]) if AVAILABLE else kernel
 
 
-def usable_on(x: Tensor) -> bool:
-    """Returns whether the kernels can work on x: float32 on a GPU with bfloat16, or anywhere in the interpreter."""
-    if not AVAILABLE or x.dtype != torch.float32:
+def usable_on(x: Tensor, *, K: int = 1) -> bool:
+    """Returns whether the kernels can work on x: float32 on a GPU with bfloat16, or anywhere in the interpreter.
+
+    Args:
+        x: Any tensor.
+        K: The number of components.
+    """
+    if not AVAILABLE or x.dtype != torch.float32 or K > MAX_K:
         return False
-    return INTERPRETED or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
+    return INTERPRETED or (x.is_cuda and _work_on(x.device))
+
+
+@lru_cache
+def _work_on(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and launched: that takes a C compiler, which not every machine has."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        group(torch.zeros(1, dtype=torch.int32, device=device), 1)
+    except Exception as error:  # Triton and the compilers below it raise all sorts, and none may stop a training run
+        cause = (str(error).splitlines() or [""])[0]
+        warnings.warn(f"Triton cannot run here, steps will be slower: {type(error).__name__}: {cause}", stacklevel=2)
+        return False
+    return True
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:

@@ -32,7 +32,7 @@ def revive(
     N, K = R.shape
     if N == 0:
         return moments, torch.zeros((), dtype=torch.int64, device=x.device)
-    if is_plain(moments.weight, x) and kernels.usable_on(x):
+    if is_plain(moments.weight, x) and kernels.usable_on(x, K=K):
         m = moments
         return m, kernels.revive(
             m.weight, m.mean, m.covariance, batch_mean, x.contiguous(), index, revive_below=revive_below

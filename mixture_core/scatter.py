@@ -143,7 +143,7 @@ def _absorb_plainly(
     """`absorb` by the fastest way that the device has; of the covariance only the lower triangle is right."""
     if x.device.type == "cpu":
         return absorb_rows(weight, mean, covariance, x, index, work)
-    if kernels.usable_on(x):
+    if kernels.usable_on(x, K=len(weight)):
         groups = kernels.group(index.to(torch.int32), len(weight))
         return kernels.absorb(weight, mean, covariance, x.contiguous(), *groups, out=work.covariance)
     new_weight, new_mean, new_covariance, batch_mean = _absorb_densely(weight, mean, covariance, x, index)

@@ -101,7 +101,7 @@ class Graphs:
             work: The other memory than the state's.
         """
         N = len(x)
-        if N not in self._warm or N == 0 or self._failed:
+        if N not in self._warm or N == 0 or self._failed or x.device.index != torch.cuda.current_device():
             self._warm.add(N)
             return None
         if self._key(state, N, work) not in self._graphs:
@@ -123,6 +123,7 @@ class Graphs:
             and embeddings.is_floating_point()
             and embeddings.shape == known.shape
             and embeddings.device == known.device
+            and known.device.index == torch.cuda.current_device()  # whose stream replays
             and not torch.is_inference_mode_enabled()  # in which what is made cannot be used outside
         )
 
@@ -149,7 +150,7 @@ class Graphs:
         if labels is not None and graph.labels is not None:
             graph.labels.copy_(labels)
         graph.graph.replay()
-        graph.arrived.record()
+        graph.arrived.record(torch.cuda.current_stream(x.device))
         return self._step(graph, N)
 
     @staticmethod

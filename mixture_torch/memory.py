@@ -27,7 +27,9 @@ class _Read:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, record: Any, owner: type | None = None) -> Tensor:
+    def __get__(self, record: Any, owner: type | None = None) -> Any:
+        if record is None:  # asked of the class
+            return self
         value: Tensor | Later = record.__dict__[self._name]
         return value if isinstance(value, Tensor) else value.read()
 

@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -157,17 +158,18 @@ class Recorder:
         step, epoch = _as_count("step", step), _as_count("epoch", epoch)
         if missing := [key for key in RECORDED if key not in stats]:
             raise ValueError(f"`stats` must be what `update` returned, got a mapping without {', '.join(missing)}.")
-        if self._log_dir is None or not self._writes():
-            return
-        if self._files is None:  # a process that writes no row leaves the folder to those that do
-            self._files = _Files(self._config, self._log_dir)
-            # Whoever never calls `close` finds all files complete all the same.
-            weakref.finalize(self, _finish, self._files, self._expected)
+        writes = self._log_dir is not None and self._writes()
         if report is None or report.step is not None:
+            if not writes:
+                return
             with full_float32(stats["R"]):
                 report = Report.of(stats)
             self.expect(report)
-        report.log(step, epoch, stats["R"] if self._config.store_scores else None)
+        report.log(step, epoch, stats["R"] if writes and self._config.store_scores else None)
+        if self._files is None and writes:  # a process that writes no row leaves the folder to those that do
+            self._files = _Files(self._config, cast(Path, self._log_dir))
+            # Whoever never calls `close` finds all files complete all the same.
+            weakref.finalize(self, _finish, self._files, self._expected)
 
     def flush(self) -> None:
         """Makes all files complete."""
@@ -209,16 +211,20 @@ class _Files:
         for writer in self._writers:
             writer.flush()
 
+    @property
+    def are_ours(self) -> bool:
+        """Whether this is the process that opened them, and not a forked child, which has copies of the writers."""
+        return os.getpid() == self._owner
+
     def close(self) -> None:
-        """Closes the files; a forked child, which has copies of the writers, leaves them to their owner."""
-        if os.getpid() == self._owner:
+        if self.are_ours:
             for writer in self._writers:
                 writer.close()
 
 
 def _finish(files: _Files, expected: deque[Report]) -> None:
-    """What `flush` and `close` do, for an estimator that is gone."""
-    while expected:
+    """What `close` does, for an estimator that is gone; a forked child leaves it to the process that it is from."""
+    while expected and files.are_ours:
         report = expected.popleft()
         report.wait()
         files.write(report)

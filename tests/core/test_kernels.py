@@ -465,3 +465,19 @@ def test_kernels_can_be_held_by_a_graph() -> None:
     graph.replay()
     for first, second in zip(held, expected, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not kernels.AVAILABLE, reason="no Triton")
+def test_a_gpu_for_which_nothing_can_be_compiled_is_told_of_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nMore of it.")
+
+    kernels._work_on.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "group", broken)
+        patch.setattr(torch, "zeros", lambda *_, **__: None)  # on a GPU that may not be there
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+        with pytest.warns(UserWarning, match=r"Triton cannot run here.*: RuntimeError: Failed to find C compiler.$"):
+            assert not kernels._work_on(torch.device("cuda", 0))
+        assert not kernels._work_on(torch.device("cuda", 0))  # and says so once
+    kernels._work_on.cache_clear()
