@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words after `python -m benchmarks`; None takes them from the process.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("`--device cuda` needs a GPU that torch can see, got none.")
+    if options.out is None:  # a page of real results is not to be replaced by a trial
+        options.out = Path(tempfile.mkdtemp(prefix="benchmarks-")) if options.quick else RESULTS
     # As the estimator computes: a product in TF32 would be no yardstick for one in float32.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     titles = [module.TITLE for module in THEMES.values()]
@@ -53,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _out() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the pages; benchmarks/results without it")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the pages; without it benchmarks/results, and a temporary one with --quick"
+    )
     return parser
 
 

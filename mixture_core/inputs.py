@@ -131,14 +131,17 @@ def is_plain(*tensors: Tensor) -> bool:
 
     Only then may code write to given memory.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(tensor) is Tensor and not tensor.is_neg() for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        # torch has no public way to ask for these three
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.is_neg() or (grad and tensor.requires_grad):
+            return False
+    # torch has no public way to ask for these three
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

@@ -37,7 +37,10 @@ ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2  # as in revive
 
 def _jit(kernel: Any) -> Any:
     """Compiles a kernel, where there is Triton, once for all N: the last batch of an epoch must not wait for that."""
-    return triton.jit(kernel, do_not_specialize=["N"]) if AVAILABLE else kernel
+    try:
+        return triton.jit(kernel, do_not_specialize=["N"]) if AVAILABLE else kernel
+    except ValueError:  # without source files, as in an archive, there is nothing to compile, which `_work_on` will see
+        return kernel
 
 
 def usable_on(x: Tensor, *, K: int = 1) -> bool:
@@ -633,4 +636,4 @@ def revive(
     return n_revived
 
 
-INTERPRETED = AVAILABLE and not isinstance(_center_kernel, triton.JITFunction)
+INTERPRETED = type(_center_kernel).__name__ == "InterpretedFunction"

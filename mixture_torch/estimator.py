@@ -53,7 +53,7 @@ class MixtureStats:
         seed: Of the estimator's own random numbers.
         strict: Raise where rows would be ignored.
         revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
-        compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a tenth of the host's time. Not where
+        compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a fraction of the host's time. Not where
             `strict` has to wait anyway.
 
     Raises:
@@ -345,4 +345,4 @@ def _to_device(state: MixtureState, device: torch.device) -> MixtureState:
 
 
 def _ignored(count: int, N: int) -> str:
-    return f"{count} of {N} rows ignored (NaN, infinite, or labelled to be ignored)"
+    return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"

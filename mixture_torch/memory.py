@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from mixture_core.pytrees import pytree
 from mixture_torch.precision import full_float32
 
 
-@runtime_checkable
 class Later(Protocol):
     """A tensor that nobody has asked for yet."""
 
@@ -59,6 +58,24 @@ class Triangle:
             with full_float32(self._lower):
                 self._whole, self._lower = complete_(self._lower.clone()), None
         return self._whole
+
+
+class Own:
+    """A tensor of the state, copied when it is read.
+
+    Args:
+        tensor: It, which nobody writes to.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._copied = tensor, False
+
+    def read(self) -> Tensor:
+        """Returns the copy, always the same."""
+        if not self._copied:
+            with full_float32(self._tensor):
+                self._tensor, self._copied = self._tensor.clone(), True
+        return self._tensor
 
 
 @pytree
@@ -137,6 +154,8 @@ class Memory:
         """
         m = stats.moments
         triangle: Any = Triangle(m.covariance)
+        # So that what readers do to it does not reach the state; what comes later is a copy already.
+        weight, mean = (Own(value) if isinstance(value, Tensor) else value for value in (m.weight, m.mean))
         self._spare, self._reader_of_spare, self._reader = before, self._reader, weakref.ref(triangle)
-        moments = ExactMoments(weight=m.weight, mean=m.mean, covariance=triangle)
+        moments = ExactMoments(weight=cast(Tensor, weight), mean=cast(Tensor, mean), covariance=triangle)
         return ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)

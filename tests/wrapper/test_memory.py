@@ -54,12 +54,17 @@ def test_mapped_statistics_keep_their_values() -> None:
     assert [bits(dict(stats)) for stats in kept] == expected(6)
 
 
-@pytest.mark.parametrize("take", [lambda one: one.stats.Sigma, lambda one: one.state.moments.covariance])
-def test_changes_to_covariances_handed_out_do_not_reach_the_estimator(take: Any) -> None:
+@pytest.mark.parametrize("key", ["pi", "mu", "Sigma", "B", "R", "n_ignored"])
+def test_changes_to_what_was_handed_out_do_not_reach_the_estimator(key: str) -> None:
     one = estimator()
     for x, wanted in zip(batches(6), expected(6), strict=True):
         assert bits(dict(one.update(x))) == wanted
-        take(one).zero_()
+        one.stats[key].zero_()
+        state, state_dict = one.state, one.state_dict()
+        assert state is not None
+        for tensor in (state.moments.weight, state.moments.mean, state.moments.covariance, *state_dict.values()):
+            if isinstance(tensor, Tensor):
+                tensor.zero_()
 
 
 def test_two_memories_take_turns() -> None:
