@@ -191,7 +191,7 @@ def _check_count(name: str, value: int) -> None:
 
 def _nearest(rows: Tensor, usable: Tensor | None, centroids: Tensor) -> Tensor:
     """The index of each row's nearest centroid, (N,); K where it is not usable."""
-    K = len(centroids)
+    K, centroids = len(centroids), centroids.contiguous()  # or equal ones could have unequal squares
     squares = centroids.square().sum(dim=1)
     # Few rows times many, and not many times few: a fifth faster on the CPU, what the transposition takes included.
     nearest = torch.addmm(squares[:, None], centroids, rows.mT, alpha=-2).mT.contiguous().argmin(dim=1)

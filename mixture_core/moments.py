@@ -156,7 +156,10 @@ def _largest_eigenvalue(G: Tensor) -> Tensor:
         G: (..., M, M).
     """
     if looks(G):
-        spectrum: Tensor = torch.linalg.eigvalsh(G)
+        try:
+            spectrum: Tensor = torch.linalg.eigvalsh(G)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of NaN, which a damaged state can bring
+            return G.new_full(G.shape[:-2], float("nan"))
         return spectrum[..., -1]
     # With a trace of about sqrt(M) the largest eigenvalue is between M^-0.5 and M^0.5: its 16th power is a float32.
     root = 2.0 ** (G.shape[-1].bit_length() // 2)  # a power of 2, which rounds nothing

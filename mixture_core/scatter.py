@@ -11,6 +11,9 @@ from mixture_core.grouped import Workspace, absorb_rows, complete_
 from mixture_core.inputs import as_embeddings, as_tensor, is_plain, looks, middle_row, usable_rows
 from mixture_core.moments import Moments, merge, safe_divide
 
+# torch has no public way to ask inside of which transforms a function runs.
+FORWARD, REVERSE = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
+
 
 def component_means(x: Tensor, R: Tensor) -> Tensor:
     """Returns sum_n R_nk x_n / sum_n R_nk, (K, D); 0 where a component has no weight.
@@ -74,21 +77,41 @@ def absorb(history: Moments, x: Tensor, index: Tensor, *, work: Workspace | None
         The moments; and the means of the batch alone, (K, D), which say nothing where a component has no row.
     """
     if x.shape[0] == 0:
-        return history, torch.zeros_like(history.mean)
+        kept = history.covariance.clone() if work is None else work.covariance.copy_(history.covariance)
+        same = Moments(weight=history.weight.clone(), mean=history.mean.clone(), covariance=kept)
+        return same, torch.zeros_like(history.mean)
     arguments = (history.weight, history.mean, history.covariance, x, index)
     if is_plain(*arguments):
         memory = work or Workspace.like(history.covariance, N=x.shape[0])
         weight, mean, covariance, batch_mean = _absorb_plainly(*arguments, memory)
         covariance = covariance if work else complete_(covariance)
-    elif torch.compiler.is_compiling():  # which does not take functions with a forward derivative
-        gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
-        form = _absorb_densely if gradient else torch.ops.mixture_core.absorb
+    elif torch.compiler.is_compiling():  # which takes no function with a forward derivative
+        form = _absorb_densely if _may_be_derived(*arguments) else torch.ops.mixture_core.absorb
         weight, mean, covariance, batch_mean = form(*arguments)
-    elif torch.autograd.forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active():
-        weight, mean, covariance, batch_mean = _absorb_densely(*arguments)  # dual numbers: no place for more of them
+    elif _is_forward_twice():
+        weight, mean, covariance, batch_mean = _absorb_densely(*arguments)
     else:
         weight, mean, covariance, batch_mean = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
     return Moments(weight=weight, mean=mean, covariance=covariance), batch_mean
+
+
+def _may_be_derived(*tensors: Tensor) -> bool:
+    """Whether a derivative may be asked for of what is being compiled."""
+    return _levels(FORWARD, REVERSE) > 0 or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    )
+
+
+def _is_forward_twice() -> bool:
+    """Whether `_Absorb.jvp` would lose terms: its result is not derived again by a forward derivative around it."""
+    forward = _levels(FORWARD)
+    return forward > 1 or (forward == 0 and torch.autograd.forward_ad._current_level >= 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has not annotated it
+def _levels(*kinds: Any) -> int:
+    """How many transforms of these kinds the caller is inside of."""
+    return sum(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or [])
 
 
 def _hard_index(R: Tensor) -> Tensor | None:

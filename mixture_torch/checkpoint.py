@@ -81,4 +81,4 @@ def _check(state_dict: Mapping[str, Any], key: str, *shape: int | None) -> Tenso
     ):
         came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise ValueError(f"The state_dict must have a real tensor of shape {shape} as {key}, got {came}.")
-    return tensor.to(torch.float32, copy=True)
+    return tensor.detach().to(torch.float32, copy=True)

@@ -142,8 +142,9 @@ class MixtureStats:
         """What the next update starts from, as a copy; None before the first."""
         if self._state is None:
             return None
-        state: MixtureState = tree_map(torch.clone, self._state)
-        complete_(state.moments.covariance)
+        with full_float32(self._state.moments.weight):
+            state: MixtureState = tree_map(torch.clone, self._state)
+            complete_(state.moments.covariance)
         return state
 
     @property
@@ -234,7 +235,8 @@ class MixtureStats:
         Raises:
             ValueError: It is from another kind of estimator, or incomplete; this one is unchanged.
         """
-        self._state, self._waiting = from_state_dict(self._config.core, state_dict)
+        with full_float32(None):
+            self._state, self._waiting = from_state_dict(self._config.core, state_dict)
         self._memory, self._graphs = Memory(), Graphs(self._config.core)
         self._stats = NOTHING
 

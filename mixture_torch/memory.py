@@ -1,8 +1,7 @@
 """Where a step's results live: in memory that takes turns; and what is handed out of it, copied when it is read."""
 
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +48,8 @@ class Triangle:
 
     def leave(self) -> None:
         """Goes to memory of its own, before what it has is written to."""
-        if self._lower is not None:
-            self._lower = self._lower.clone()
+        if (lower := self._lower) is not None:
+            self._lower = lower.clone()
 
     def read(self) -> Tensor:
         """Returns the covariances, symmetric to the bit."""
@@ -105,6 +104,9 @@ class ExactMoments(Moments):
             return super().participation_ratio
 
 
+SLACK = 4  # times the memory that rows take may be kept for them
+
+
 @pytree
 class ExactStats(StepStats):
     """Statistics whose moments are exact."""
@@ -112,13 +114,6 @@ class ExactStats(StepStats):
     R = _Read()
     n_ignored = _Read()
     n_revived = _Read()
-
-
-Reference: TypeAlias = Callable[[], Triangle | None]
-
-
-def _nobody() -> Triangle | None:
-    return None
 
 
 class Memory:
@@ -131,19 +126,23 @@ class Memory:
     def __init__(self) -> None:
         self._spare: Tensor | None = None
         self._rows: Tensor | None = None
-        self._reader_of_spare: Reference = _nobody
-        self._reader: Reference = _nobody
+        self._readers: dict[int, weakref.WeakSet[Triangle]] = {}  # by address of what they may yet read
 
     def lend(self, like: Tensor, *, N: int) -> Workspace:
         """Returns memory for a step of N rows: for covariances like these, and another one than theirs."""
-        spare, reader = self._spare, self._reader_of_spare()
-        if spare is None or spare.shape != like.shape or spare.device != like.device:
+        spare = self._spare
+        if (
+            spare is None
+            or (spare.shape, spare.device) != (like.shape, like.device)
+            or _address(spare) == _address(like)
+        ):
             spare = torch.empty_like(like)
-        elif reader is not None:
+        for reader in self._readers.pop(_address(spare), ()):
             reader.leave()
-        if self._rows is None or self._rows.device != like.device or self._rows.shape[1] < Workspace.length(like, N=N):
-            self._rows = Workspace.rows_for(like, N=N)
-        return Workspace(spare, self._rows)
+        length, rows = Workspace.length(like, N=N), self._rows
+        if rows is None or rows.device != like.device or not length <= rows.shape[1] <= SLACK * length:
+            self._rows = rows = Workspace.rows_for(like, N=N)
+        return Workspace(spare, rows)
 
     def hand_out(self, stats: StepStats, *, before: Tensor) -> StepStats:
         """Returns the statistics for a reader.
@@ -156,6 +155,11 @@ class Memory:
         triangle: Any = Triangle(m.covariance)
         # So that what readers do to it does not reach the state; what comes later is a copy already.
         weight, mean = (Own(value) if isinstance(value, Tensor) else value for value in (m.weight, m.mean))
-        self._spare, self._reader_of_spare, self._reader = before, self._reader, weakref.ref(triangle)
+        self._spare = before
+        self._readers.setdefault(_address(m.covariance), weakref.WeakSet()).add(triangle)
         moments = ExactMoments(weight=cast(Tensor, weight), mean=cast(Tensor, mean), covariance=triangle)
         return ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()

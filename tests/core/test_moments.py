@@ -204,3 +204,11 @@ def test_bits_of_moments_are_repeatable() -> None:
     assert_same_bits(
         batch_moments(mixture.embeddings, one_hot(mixture)), batch_moments(mixture.embeddings, one_hot(mixture))
     )
+
+
+def test_what_is_derived_of_damaged_moments_is_nan_and_raises_nothing() -> None:
+    mean = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    mean[1, 2] = float("nan")
+    damaged = Moments(weight=torch.ones(3), mean=mean, covariance=torch.zeros(3, 5, 5))
+    assert damaged.opnorm_B.isnan()
+    assert damaged.trace_B.isnan()

@@ -165,6 +165,41 @@ def test_forward_derivatives_equal_those_of_the_dense_form() -> None:
         assert_close(found, wanted, index, 10 * FLOAT64)
 
 
+def directional(function: Callable[[Tensor], Tensor], tangent: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: jvp(function, (x,), (tangent,))[1]
+
+
+def test_nested_forward_derivatives_equal_those_of_the_dense_form() -> None:
+    values, index = small()
+    tangent = torch.randn(values[3].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = []
+    for function in (absorbed, _absorb_densely):
+        number: Callable[[Tensor], Tensor] = lambda x, f=function: scalar(f, index)(*values[:3], x)  # noqa: E731  # of x alone
+        along = directional(number, tangent)
+        others = [grad(along), directional(grad(number), tangent), directional(directional(along, tangent), tangent)]
+        results.append([f(values[3]) for f in (along, directional(along, tangent), *others, jacfwd(jacfwd(number)))])
+    for found, wanted in zip(*results, strict=True):
+        assert relative_error(found, wanted) <= 10 * FLOAT64
+
+
+@pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian])
+def test_compiled_derivatives_equal_plain_ones(transform: Callable[..., Callable[..., Tensor]]) -> None:
+    torch._dynamo.reset()
+    values, index = small()
+    function = transform(lambda x: scalar(absorbed, index)(*values[:3], x))
+    compiled = torch.compile(function, backend="aot_eager")
+    assert relative_error(compiled(values[3]), function(values[3])) <= 10 * FLOAT64
+    torch._dynamo.reset()
+
+
+def test_compiled_forward_derivatives_equal_plain_ones() -> None:
+    torch._dynamo.reset()
+    values, index = small()
+    function = directional(lambda x: scalar(absorbed, index)(*values[:3], x), torch.ones_like(values[3]))
+    assert relative_error(torch.compile(function, backend="aot_eager")(values[3]), function(values[3])) <= 10 * FLOAT64
+    torch._dynamo.reset()
+
+
 def test_dual_numbers_outside_of_transforms_carry_the_derivative() -> None:
     values, index = small()
     tangent = torch.ones_like(values[3])

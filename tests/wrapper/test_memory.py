@@ -48,6 +48,40 @@ def test_copies_of_statistics_keep_their_values(copied: Any) -> None:
     assert [bits(dict(stats)) for stats in copies] == expected(6)
 
 
+@pytest.mark.parametrize("empty", [0, 2, 3])
+def test_empty_batches_between_do_not_mix_the_memories(empty: int) -> None:
+    one, again, kept, wanted = estimator(strict=True), estimator(), [], []
+    for number, x in enumerate(batches(12)):
+        x = x[:0] if number in (empty, empty + 1, 8) else x
+        kept.append(one.update(x))
+        wanted.append(bits(dict(again.update(x))))
+        if number % 4 == 3:
+            before = bits(one.state_dict())
+            with pytest.raises(ValueError, match="strict"):
+                one.update(torch.full_like(batches(1)[0], float("nan")))
+            assert bits(one.state_dict()) == before
+    assert [bits(dict(stats)) for stats in kept] == wanted
+
+
+def test_a_state_loaded_in_inference_mode_can_be_updated() -> None:
+    first, second, *others = batches(6)
+    one, again = estimator(), estimator()
+    one.update(first)
+    with torch.inference_mode():
+        again.load_state_dict({k: v.clone() if isinstance(v, Tensor) else v for k, v in one.state_dict().items()})
+    for x in (second, *others):
+        assert bits(dict(again.update(x))) == bits(dict(one.update(x)))
+
+
+def test_memory_for_rows_follows_the_batches() -> None:
+    one = estimator()
+    for rows in (60, 6000, 60, 90, 12):
+        one.update(mixture(rows, D=D)[0])
+        held = one._memory._rows
+        assert held is not None
+        assert rows <= held.shape[1] <= 4 * (rows + 3)
+
+
 def test_mapped_statistics_keep_their_values() -> None:
     one = estimator()
     kept = [tree_map(lambda t: t + 0, one.update(x)) for x in batches(6)]
