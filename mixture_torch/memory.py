@@ -126,18 +126,14 @@ class Memory:
     def __init__(self) -> None:
         self._spare: Tensor | None = None
         self._rows: Tensor | None = None
-        self._readers: dict[int, weakref.WeakSet[Triangle]] = {}  # by address of what they may yet read
+        self._readers: dict[int, weakref.WeakSet[Triangle]] = {}  # of each of the two, by its id
 
     def lend(self, like: Tensor, *, N: int) -> Workspace:
         """Returns memory for a step of N rows: for covariances like these, and another one than theirs."""
         spare = self._spare
-        if (
-            spare is None
-            or (spare.shape, spare.device) != (like.shape, like.device)
-            or _address(spare) == _address(like)
-        ):
+        if spare is None or spare is like or spare.shape != like.shape or spare.device != like.device:
             spare = torch.empty_like(like)
-        for reader in self._readers.pop(_address(spare), ()):
+        for reader in self._readers.pop(id(spare), ()):
             reader.leave()
         length, rows = Workspace.length(like, N=N), self._rows
         if rows is None or rows.device != like.device or not length <= rows.shape[1] <= SLACK * length:
@@ -156,10 +152,9 @@ class Memory:
         # So that what readers do to it does not reach the state; what comes later is a copy already.
         weight, mean = (Own(value) if isinstance(value, Tensor) else value for value in (m.weight, m.mean))
         self._spare = before
-        self._readers.setdefault(_address(m.covariance), weakref.WeakSet()).add(triangle)
+        self._readers = {
+            id(memory): self._readers.get(id(memory), weakref.WeakSet()) for memory in (before, m.covariance)
+        }
+        self._readers[id(m.covariance)].add(triangle)
         moments = ExactMoments(weight=cast(Tensor, weight), mean=cast(Tensor, mean), covariance=triangle)
         return ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
