@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import cases
-from benchmarks.cases import CAN_COMPILE, Settings, Size
+from benchmarks.cases import Settings, Size
 from benchmarks.pages import NONE, Table
 from mixture_torch import MixtureStats
 
@@ -47,7 +47,7 @@ def tables(settings: Settings) -> list[Table]:
 
 
 def _compiled(settings: Settings) -> list[bool]:
-    return [False, True] if CAN_COMPILE and settings.device.type == "cuda" else [False]
+    return [False, True] if settings.device.type == "cuda" else [False]
 
 
 def _row(settings: Settings, size: Size, *, held: bool, compile: bool) -> tuple[str, ...]:

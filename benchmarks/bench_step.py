@@ -71,7 +71,7 @@ def _on_cuda(settings: Settings) -> Table:
 
 
 def _cuda_rows(settings: Settings, size: Size) -> list[tuple[str, ...]]:
-    names = (PRODUCT, ESTIMATOR, READ, *([COMPILED] if cases.CAN_COMPILE else []), TEXTBOOK)
+    names = (PRODUCT, ESTIMATOR, READ, COMPILED, TEXTBOOK)
     with cases.competitors(size, names, device=settings.device) as runs:
         warm_up(runs, steps=settings.warmups)
         gpu = gpu_medians(runs, rounds=settings.rounds)

@@ -19,7 +19,7 @@ def tables(settings: Settings) -> list[Table]:
     title = f"Syncs per step over {STEPS} steps"
     if settings.device.type != "cuda":
         return [Table(title=title, remarks=("Not applicable: on a CPU there is nothing to wait for.",))]
-    names = (ESTIMATOR, READ, *([COMPILED] if cases.CAN_COMPILE else []), TEXTBOOK)
+    names = (ESTIMATOR, READ, COMPILED, TEXTBOOK)
     with cases.competitors(SIZE, names, device=settings.device) as runs:
         warm_up(runs, steps=settings.warmups)
         rows = [(name, f"{syncs(run):g}", NONE if name == TEXTBOOK else outcome(run)) for name, run in runs.items()]

@@ -1,6 +1,5 @@
 """What is measured: sizes, inputs, and the estimator's step beside the same job done in other ways."""
 
-import inspect
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,6 @@ from benchmarks.competitors import RowFile, ScikitLearn, Textbook
 from mixture_torch import MixtureStats
 
 BATCHES = 3  # different ones in turn, so that no step finds its own input in the cache
-CAN_COMPILE = "compile" in inspect.signature(MixtureStats).parameters
 LARGEST_DIFFERENCES = 2e9  # bytes of the (N, K, D) differences beyond which the textbook's formulas are left out
 
 PRODUCT = "x.T @ x"

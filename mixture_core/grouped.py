@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 # Of larger covariances only the block rows' lower parts are computed. At D = 512 and 2048, with K = 8, blocks of 64 to
-# 256 rows took 0.76 to 0.88 and 0.68 to 0.65 of the whole product's time (AMD EPYC, one thread); larger ones are fewer.
+# 256 rows took 0.76 to 0.88 and 0.68 to 0.65 of the whole product's time (AMD EPYC, one thread); fewer blocks are fewer
+# calls.
 BLOCK = 128
 LARGE = 65_536  # numbers in a component's rows: with more, a call per component costs less than a copy of all rows
 
@@ -32,7 +33,7 @@ class Workspace(NamedTuple):
     @staticmethod
     def length(covariance: Tensor, *, N: int) -> int:
         """Returns how long the memory for the rows has to be."""
-        return 0 if covariance.is_cuda else N + covariance.shape[0]
+        return N + covariance.shape[0] if covariance.device.type == "cpu" else 0
 
 
 def absorb_rows(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixture_core.inputs import largest_usable
+
 try:
     import triton
     import triton.language as tl
@@ -25,13 +27,13 @@ except ImportError:
 else:
     AVAILABLE = True
 
-LARGEST = torch.finfo(torch.float32).max ** 0.5 * 2.0**-20  # a usable row has no entry beyond, see inputs.usable_rows
+LARGEST = largest_usable(torch.float32)
 SAMPLES = 32  # rows of which the middle one is the center; so many flags must fit an int64
 TILE = 64  # of the covariance; its kernel with 4 warps, 3 stages and 32 rows at a time was the fastest on an H100
 MAX_K = 65_535  # rows of a grid
 MAX_SUMMARY_K = 128  # one program holds a K x K matrix
 SQUARINGS = 16  # as in moments
-OUTLIERS = 20  # as in revive
+OUTLIERS = 20  # of so many rows one, the farthest from its mean, draws no component to it
 ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2  # as in revive
 
 

@@ -7,8 +7,6 @@ from mixture_core import kernels
 from mixture_core.inputs import is_plain, looks
 from mixture_core.moments import Moments, safe_divide
 
-OUTLIERS = 20  # of so many rows one, the farthest from its mean, draws no component to it
-
 
 def revive(
     moments: Moments, batch_mean: Tensor, x: Tensor, index: Tensor, R: Tensor, *, revive_below: float
@@ -44,7 +42,7 @@ def revive(
     used = index < K
     difference = torch.where(used[:, None], x - R @ batch_mean, 0.0)
     distance = torch.where(used, difference.square().sum(dim=1), -1.0)
-    rank = used.sum() // OUTLIERS
+    rank = used.sum() // kernels.OUTLIERS
     row = distance.sort(descending=True, stable=True).indices.gather(0, rank[None])
     far, direction, own = distance.gather(0, row), difference.index_select(0, row)[0], R.index_select(0, row)[0]
     side = ((R @ own > 0) & (distance <= far) & (difference @ direction > 0)).to(x.dtype)

@@ -12,7 +12,8 @@ CORE, WRAPPER = ROOT / "mixture_core", ROOT / "mixture_torch"
 
 # From bottom to top: a module imports from lower rows only.
 CORE_ROWS = [
-    ("config", "pytrees", "inputs", "grouped", "kernels"),
+    ("config", "pytrees", "inputs", "grouped"),
+    ("kernels",),
     ("moments",),
     ("scatter", "revive", "stats"),
     ("assign",),
