@@ -64,6 +64,18 @@ def boolean(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         raise TypeError(f"`{attribute.name}` must be true or false, got {value!r}.")
 
 
+def boolean_or(*words: str) -> Check:
+    """Returns an attrs validator for true, false, and a closed set of words."""
+
+    def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, (bool, str)):
+            raise TypeError(f"`{attribute.name}` must be true or false, or {' or '.join(words)}, got {value!r}.")
+        if isinstance(value, str) and value not in words:
+            raise ValueError(f"`{attribute.name}` must be true or false, or {' or '.join(words)}, got {value!r}.")
+
+    return check
+
+
 @attrs.frozen(kw_only=True)
 class MixtureConfig:
     """The choices of one mixture: static and hashable, never a tensor.
@@ -105,3 +117,8 @@ class MixtureConfig:
     def averages(self) -> bool:
         """Whether a step keeps anything of earlier steps."""
         return self.mode == "ema"
+
+    @property
+    def revives(self) -> bool:
+        """Whether dead components are moved."""
+        return self.averages and not self.uses_labels and self.revive_below > 0

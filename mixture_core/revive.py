@@ -6,10 +6,18 @@ from torch import Tensor
 from mixture_core import kernels
 from mixture_core.inputs import is_plain, looks
 from mixture_core.moments import Moments, safe_divide
+from mixture_core.peers import ALONE, Peers, nth_largest
 
 
 def revive(
-    moments: Moments, batch_mean: Tensor, x: Tensor, index: Tensor, R: Tensor, *, revive_below: float
+    moments: Moments,
+    batch_mean: Tensor,
+    x: Tensor,
+    index: Tensor,
+    R: Tensor,
+    *,
+    revive_below: float,
+    peers: Peers = ALONE,
 ) -> tuple[Moments, Tensor]:
     """Returns the moments with at most one dead component moved to where the batch fits worst, and how many moved.
 
@@ -26,11 +34,12 @@ def revive(
         index: (N,) the component of each row, K where it counts for nothing.
         R: (N, K) the same as responsibilities.
         revive_below: Share, times K, under which a component is dead.
+        peers: Who holds the other rows of the batch.
     """
     N, K = R.shape
-    if N == 0:
+    if N == 0 and peers is ALONE:
         return moments, torch.zeros((), dtype=torch.int64, device=x.device)
-    if is_plain(moments.weight, x) and kernels.usable_on(x, K=K):
+    if peers is ALONE and is_plain(moments.weight, x) and kernels.usable_on(x, K=K):
         m = moments
         return m, kernels.revive(
             m.weight, m.mean, m.covariance, batch_mean, x.contiguous(), index, revive_below=revive_below
@@ -42,11 +51,16 @@ def revive(
     used = index < K
     difference = torch.where(used[:, None], x - R @ batch_mean, 0.0)
     distance = torch.where(used, difference.square().sum(dim=1), -1.0)
-    rank = used.sum() // kernels.OUTLIERS
-    row = distance.sort(descending=True, stable=True).indices.gather(0, rank[None])
-    far, direction, own = distance.gather(0, row), difference.index_select(0, row)[0], R.index_select(0, row)[0]
+    if peers is ALONE:
+        row = distance.sort(descending=True, stable=True).indices.gather(0, used.sum()[None] // kernels.OUTLIERS)
+        far, direction, own = distance.gather(0, row), difference.index_select(0, row)[0], R.index_select(0, row)[0]
+    else:
+        chosen = nth_largest(distance, used, peers.total(used.sum()) // kernels.OUTLIERS, peers).to(x.dtype)
+        parts = torch.cat([(chosen @ distance)[None], chosen @ difference, chosen @ R])
+        far, direction, own = peers.total(parts).split_with_sizes([1, x.shape[1], K])
     side = ((R @ own > 0) & (distance <= far) & (difference @ direction > 0)).to(x.dtype)
-    target = own @ batch_mean + safe_divide(side @ difference, side.sum())
+    sums, count = peers.total(torch.cat([side @ difference, side.sum()[None]])).split_with_sizes([x.shape[1], 1])
+    target = own @ batch_mean + safe_divide(sums, count)
 
     rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * (own @ batch_mean).square().sum()
     moves = dead & (far > rounding)[0]

@@ -77,7 +77,12 @@ def step(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None) 
 
 
 def advance(
-    state: MixtureState, embeddings: Tensor, labels: Tensor | None = None, *, work: Workspace | None = None
+    state: MixtureState,
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    continues: bool = False,
+    work: Workspace | None = None,
 ) -> tuple[MixtureState, StepStats]:
     """Does what `step` does, and may write to given memory, as in `absorb`.
 
@@ -85,6 +90,8 @@ def advance(
         state: From `init` or the step before.
         embeddings: As in `step`.
         labels: As in `step`.
+        continues: Whether the batch is a further part of the one that the state has seen last: then nothing decays, and
+            no component is moved.
         work: Memory, as in `absorb`; None is new memory. Where it is given, only the lower triangle of the new
             covariance is right, and only that of the state's has to be.
 
@@ -93,13 +100,13 @@ def advance(
         ValueError: A shape is wrong, or labels are missing.
     """
     config = state.config
-    x, moments = _match(state, embeddings)
+    x, moments = match(state, embeddings)
     index, R = _members(config, x, moments, labels, iterations=config.max_assign_iters, work=work)
     ignored = index == config.K
     n_ignored = ignored.sum()
-    history = _history(config, moments, idle=n_ignored == x.shape[0])
-    new, batch_mean = absorb(history, x, index, work=work)
-    if config.averages and not config.uses_labels and config.revive_below > 0:
+    before = moments if continues else history(config, moments, idle=n_ignored == x.shape[0])
+    new, batch_mean = absorb(before, x, index, work=work)
+    if config.revives and not continues:
         new, n_revived = revive(new, batch_mean, x, index, R, revive_below=config.revive_below)
     else:
         n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -119,12 +126,12 @@ def assign(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None
         TypeError: An argument is of the wrong type.
         ValueError: A shape is wrong, or labels are missing.
     """
-    x, moments = _match(state, embeddings)
+    x, moments = match(state, embeddings)
     return _members(state.config, x, moments, labels, iterations=1, work=None)[1]
 
 
-def _match(state: MixtureState, embeddings: Tensor) -> tuple[Tensor, Moments]:
-    """Embeddings and moments in one type: float64 if either is."""
+def match(state: MixtureState, embeddings: Tensor) -> tuple[Tensor, Moments]:
+    """Returns embeddings and moments in one type: float64 if either is."""
     m = state.moments
     x = as_embeddings(embeddings, D=m.mean.shape[1])
     if x.dtype == m.mean.dtype:
@@ -148,8 +155,8 @@ def _members(
     return nearest_means(x, moments.mean, iterations=iterations, work=work)
 
 
-def _history(config: MixtureConfig, moments: Moments, *, idle: Tensor) -> Moments:
-    """What the batch is merged into: the decayed moments in `mode: ema`, else nothing but the centroids of k-means.
+def history(config: MixtureConfig, moments: Moments, *, idle: Tensor) -> Moments:
+    """Returns what a batch is merged into: the decayed moments in `mode: ema`, else nothing but k-means' centroids.
 
     An idle step, one without a usable row, decays and forgets nothing.
     """

@@ -1,5 +1,7 @@
 """From what a training loop hands in to one checked float32 batch: this rank's, or that of all ranks."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,25 +9,34 @@ from torch import Tensor
 
 from mixture_core.inputs import as_embeddings, as_labels
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.distributed import announce_fault, gather_rows, in_process_group, local_rows
+from mixture_torch.distributed import Entry, Ranks, local_rows
 
 IGNORED_LABELS = (-1, -100)
+FINE = -1  # the value of a doubt that nothing has come of
+
+
+class Doubt(NamedTuple):
+    """Something that may be wrong with a batch on a GPU, for which nobody has waited."""
+
+    value: Tensor  # () int64, FINE if nothing is
+    refuse: Callable[[int, str], None]  # raises, given the value, and when that was if it is a while ago
 
 
 class Batch(NamedTuple):
     """What an update starts from."""
 
-    x: Tensor  # (N, D) float32 embeddings
+    x: Tensor  # (N, D) float32 embeddings to work on
     labels: Tensor | None  # (N,) int64, where responsibilities come from labels
-    wrong_label: Tensor | None  # () int64, one to ignore if none is wrong; where a label may be wrong that nobody saw
+    n_rows: int | Tensor  # of all ranks whose rows count
+    everyone: Tensor  # the rows of all these ranks, if there has to be a start from them
+    doubts: tuple[Doubt, ...] = ()
 
 
 def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: int | None) -> Batch:
-    """Returns the batch to update from: float32 embeddings, and labels where responsibilities come from them.
+    """Returns this rank's batch: float32 embeddings, and labels where responsibilities come from them.
 
-    With `cross_rank`, it is that of all ranks, in rank order. Where one rank's batch is refused, all ranks raise.
-    Wrong labels on a GPU are not waited for, unless `cross_rank` has to wait anyway: they turn into labels to ignore,
-    all of them, so that the step changes nothing, and `wrong_label` tells.
+    Wrong labels on a GPU are not waited for: they turn into labels to ignore, all of them, so that the step changes
+    nothing, and a doubt is left.
 
     Args:
         config: The choices.
@@ -35,39 +46,90 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: A shape or a label is wrong, here or on another rank.
+        ValueError: A shape or a label is wrong.
     """
-    exchanges = config.cross_rank and in_process_group()
-    try:
-        x = as_plain_embeddings(embeddings, D=D)
-        labels, wrong_label = _receive_labels(labels, x, config.K) if config.uses_labels else (None, None)
-        if wrong_label is not None and (exchanges or not x.is_cuda):
-            refuse(int(wrong_label), config.K)
-            wrong_label = None
-    except (TypeError, ValueError):
-        if exchanges:
-            announce_fault()
-        raise
-    if exchanges:
-        x, labels = gather_rows(x, labels)
-    return Batch(x, labels, wrong_label)
+    x = as_plain_embeddings(embeddings, D=D)
+    if not config.uses_labels:
+        return Batch(x, None, len(x), x)
+    labels, wrong = _receive_labels(labels, x, config.K)
+    doubt = Doubt(wrong, partial(_refuse_label, config.K))
+    if x.is_cuda:
+        return Batch(x, labels, len(x), x, (doubt,))
+    settle(doubt)
+    return Batch(x, labels, len(x), x)
 
 
-def refuse(label: int, K: int, *, at: str = "") -> None:
-    """Raises for a label that is wrong.
+def exchange(
+    config: MixtureRuntimeConfig, own: Callable[[], Batch], *, ranks: Ranks, digest: int, like: Tensor | None
+) -> Batch:
+    """Returns the batch of all ranks, in rank order; where they reduce, this rank's share of it.
+
+    All ranks take part whatever becomes of their own batch, and where one of them cannot use its own, all raise its
+    error. Ranks that reduce on GPUs do not wait for one another's faults: the step then changes nothing on any of them,
+    and a doubt is left.
 
     Args:
-        label: As in `Batch.wrong_label`.
-        K: Number of components.
+        config: The choices.
+        own: Returns this rank's batch, or raises.
+        ranks: The ranks.
+        digest: Of what has to be the same on all of them.
+        like: (K, D) means of the state, on this rank's device; None as long as there has to be a start.
+
+    Raises:
+        Exception: As `own` does, here or on another rank.
+        ValueError: Ranks differ in D, options or state.
+    """
+    reduces = config.cross_rank == "reduce"
+    waits = not reduces or like is None or not ranks.on_gpu
+    fault: Exception | None = None
+    try:
+        batch = own()
+        if waits:
+            for doubt in batch.doubts:
+                settle(doubt)
+    except Exception as error:  # whatever it is, the others are waiting
+        fault, nothing = error, torch.zeros(0, 1) if like is None else like[:0]
+        batch = Batch(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), 0, nothing)
+    N, D = batch.x.shape
+    entries = ranks.enter(Entry(N, D, digest, fault), [doubt.value for doubt in batch.doubts if not waits])
+    if waits:
+        sizes = ranks.settle(entries, fault)
+        if reduces:
+            everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
+            return Batch(batch.x, batch.labels, sum(sizes), everyone)
+        x, labels = ranks.gather(batch.x, sizes), batch.labels
+        return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
+    wrong = entries[:, 0] > 0
+    odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
+    x = torch.where(wrong.any(), torch.nan, batch.x)  # nobody's rows count
+    own_doubts = batch.doubts if fault is None else (Doubt(odd, partial(_raise, fault)),)
+    return Batch(x, batch.labels, entries[:, 1].sum(), x, (*own_doubts, Doubt(odd, _refuse_rank)))
+
+
+def settle(doubt: Doubt, *, at: str = "") -> None:
+    """Raises where something has come of a doubt, whose value is there.
+
+    Args:
+        doubt: It.
         at: When that was, if it is a while ago.
 
     Raises:
-        ValueError: It is neither a component nor one to ignore.
+        Exception: Whatever it was about.
     """
-    if label not in IGNORED_LABELS:
-        raise ValueError(
-            f"`labels` must be in [0, {K}), or -1 or -100 for a row to ignore, got {label}{at and ' at '}{at}."
-        )
+    if (value := int(doubt.value)) != FINE:
+        doubt.refuse(value, at and f" at {at}")
+
+
+def _refuse_label(K: int, label: int, at: str) -> None:
+    raise ValueError(f"`labels` must be in [0, {K}), or -1 or -100 for a row to ignore, got {label}{at}.")
+
+
+def _refuse_rank(rank: int, at: str) -> None:
+    raise ValueError(f"`update` must get a usable batch on every rank, but rank {rank} raised{at}; see its error.")
+
+
+def _raise(error: Exception, _: int, __: str) -> None:
+    raise error
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
@@ -85,11 +147,11 @@ def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
 
 
 def _receive_labels(value: Any, x: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Labels, (N,) int64, and the first wrong one, (), or -1; where there is a wrong one all labels are -1."""
+    """Labels, (N,) int64, and the first wrong one, (), or FINE; where there is a wrong one all labels are -1."""
     labels = as_labels(local_rows(value), N=len(x), device=x.device).as_subclass(Tensor)
     wrong = (labels >= K) | ((labels < 0) & (labels != IGNORED_LABELS[0]) & (labels != IGNORED_LABELS[1]))
     if not len(labels):
-        return labels, labels.new_full((), -1)
+        return labels, labels.new_full((), FINE)
     first = wrong.to(torch.int8).argmax()[None]
-    wrong_label = torch.where(wrong.gather(0, first), labels.gather(0, first), -1)[0]
+    wrong_label = torch.where(wrong.gather(0, first), labels.gather(0, first), FINE)[0]
     return torch.where(wrong.any(), -1, labels), wrong_label

@@ -9,7 +9,7 @@ import attrs
 import yaml
 
 from mixture_core import MixtureConfig
-from mixture_core.config import as_integer, boolean, integer, one_of
+from mixture_core.config import as_integer, boolean, boolean_or, integer, one_of
 
 # Options of the library that this document was first written for, and why they are not here.
 FOREIGN_KEYS = {
@@ -46,15 +46,23 @@ class MixtureRuntimeConfig(MixtureConfig):
     store_scores: bool = attrs.field(default=False, validator=boolean)
     # One growing file of responsibilities, or one file per step.
     scores_mode: Literal["append", "per_step"] = attrs.field(default="append", validator=one_of("append", "per_step"))
-    # Whether the statistics are those of the embeddings of all ranks.
-    cross_rank: bool = attrs.field(default=False, validator=boolean)
+    # Whether the statistics are those of the embeddings of all ranks, and what these exchange: embeddings (`gather`,
+    # which is what true means), or sums over them (`reduce`).
+    cross_rank: bool | Literal["gather", "reduce"] = attrs.field(
+        default=False, validator=boolean_or("gather", "reduce")
+    )
     # Seed of the estimator's own random numbers, which only choose the first centroids.
     seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0, at_most=2**64 - 1))
     # Whether ignored rows raise instead of being counted.
     strict: bool = attrs.field(default=False, validator=boolean)
-
     # Whether steps on a GPU are replayed as CUDA graphs.
     compile: bool = attrs.field(default=False, validator=boolean)
+    # D, where it is known beforehand: a state_dict then has its final shapes before the first update.
+    dim: int | None = attrs.field(
+        default=None,
+        converter=attrs.converters.optional(as_integer),
+        validator=attrs.validators.optional(integer(at_least=1)),
+    )
 
     @property
     def core(self) -> MixtureConfig:
@@ -78,7 +86,7 @@ class MixtureRuntimeConfig(MixtureConfig):
         for key in block:
             if key not in known:
                 raise ValueError(_unknown_key(key, list(known)))
-        numeric = {name for name, field in known.items() if field.type in (int, float)}
+        numeric = {name for name, field in known.items() if field.type in (int, float, int | None)}
         return cls(**{key: _from_text(value) if key in numeric else value for key, value in block.items()})
 
     @classmethod

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixture_torch.estimator import MixtureStats
@@ -28,6 +28,10 @@ def activate(estimator: "MixtureStats | None") -> Iterator["MixtureStats | None"
         yield estimator
     finally:
         _active.reset(token)
+
+
+def active_step(estimator: "MixtureStats") -> Any:
+    return None
 
 
 def active_estimator() -> "MixtureStats | None":

@@ -1,81 +1,165 @@
-"""Everything that knows of other ranks: which one is the main, and the exchange of rows between all."""
+"""Everything that knows of other ranks: which one is the main, and all that goes between them."""
 
 import os
+import zlib
+from collections import Counter
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixture_core.peers import Peers
 
-def is_main_rank() -> bool:
+MESSAGE = 1000  # bytes of an error that other ranks are told
+ERRORS = (ValueError, TypeError, MemoryError, Exception)
+
+
+class Entry(NamedTuple):
+    """What every rank tells all others before an update, whatever became of its batch."""
+
+    N: int
+    D: int
+    digest: int  # of what has to be the same on all ranks
+    fault: Exception | None = None
+
+
+class Ranks:
+    """The ranks of a process group, which all make the same calls in the same order.
+
+    Args:
+        group: None is the default one.
+
+    Raises:
+        ValueError: This process is not in the group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError("`process_group` must hold this process where `cross_rank` is on, got one without it.")
+
+    @property
+    def peers(self) -> Peers:
+        """What the mathematics has to know of the ranks."""
+        return Peers(total=self._total, rank=self.rank, world=self.world)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the group's collectives want their tensors."""
+        if "nccl" in dist.get_backend(self._group):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the ranks exchange what is on GPUs, without a host's waiting."""
+        return self.device.type != "cpu"
+
+    def enter(self, entry: Entry, doubts: list[Tensor]) -> Tensor:
+        """Returns the entries of all ranks, as `settle` reads them, (W, 4) int64; on a GPU nobody waits for them.
+
+        Args:
+            entry: This rank's.
+            doubts: Each () int64, not negative where there is a fault that nobody has seen yet.
+        """
+        values = [entry.fault is not None, entry.N, entry.D, entry.digest]
+        own = torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+        for doubt in doubts:
+            own[0] += doubt >= 0
+        return torch.stack(self._gather(own))
+
+    def settle(self, entries: Tensor, fault: Exception | None) -> list[int]:
+        """Returns the sizes of all ranks' batches, where each is fit for an exchange; waits for a GPU.
+
+        Args:
+            entries: From `enter`.
+            fault: This rank's.
+
+        Raises:
+            Exception: A rank has entered with a fault, which is raised on every rank.
+            ValueError: Ranks differ in D, in options or in state; on every rank.
+        """
+        faults, sizes, widths, digests = zip(*entries.tolist(), strict=True)
+        if any(faults):
+            raise self._error_of(faults.index(1), fault) from fault
+        for rank, D in _odd(widths):
+            most = Counter(widths).most_common(1)[0][0]
+            raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
+        for rank, _ in _odd(digests):
+            raise ValueError(
+                "The estimator must have the same options and as many updates behind it on every rank, got others on "
+                f"rank {rank}; load its state_dict on all ranks or on none."
+            )
+        return list(sizes)
+
+    def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """Returns the rows of all ranks, in the order of ranks.
+
+        Args:
+            rows: (N, ...) this rank's; N may differ between ranks and be 0.
+            sizes: N of every rank.
+        """
+        if not any(sizes):
+            return rows
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:], device=self.device)
+        padded[: len(rows)] = rows
+        of_all = self._gather(padded)
+        return torch.cat([other[:size] for other, size in zip(of_all, sizes, strict=True)]).to(rows.device)
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        of_all = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(of_all, tensor, group=self._group)
+        return of_all
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        whole = tensor.to(self.device, copy=True).contiguous()
+        dist.all_reduce(whole, group=self._group)
+        return whole.to(tensor.device)
+
+    def _error_of(self, odd: int, fault: Exception | None) -> Exception:
+        """The error of one rank, for all to raise: which of ERRORS it is, and its text, go around in bytes."""
+        kind = next(n for n, error in enumerate(ERRORS) if fault is None or isinstance(fault, error))
+        own = bytes([kind]) + str(fault).encode()[:MESSAGE]
+        padded = torch.tensor(list(own.ljust(1 + MESSAGE, b"\0")), dtype=torch.uint8)
+        kind, *text = self._gather(padded.to(self.device))[odd].tolist()
+        message = bytes(text).rstrip(b"\0").decode(errors="replace").rstrip(".")
+        return ERRORS[kind](f"{message}, on rank {odd}.")
+
+
+def is_main_rank(group: Any = None) -> bool:
     """Returns whether this process is rank 0: of the process group, or by the variable RANK before there is one."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
+        return dist.get_rank(group) == 0
     return int(os.environ.get("RANK") or 0) == 0
 
 
-def in_process_group() -> bool:
-    """Returns whether there are other ranks to exchange rows with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather_rows(x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns the embeddings and the labels of all ranks, in the order of ranks.
-
-    Every rank calls the same collectives whatever its batch: one of the shapes, and then, where there is any row at
-    all, one of the embeddings and one of the labels, both padded to the largest batch.
+def other_ranks(group: Any = None) -> Ranks | None:
+    """Returns the ranks to exchange with; None where there are none.
 
     Args:
-        x: (N, D) this rank's embeddings; N may differ between ranks and be 0.
-        labels: (N,) int64, on all ranks or on none.
+        group: The process group, None for the default one.
 
     Raises:
-        ValueError: Ranks differ in D, or one has announced a fault; on every rank.
+        ValueError: This process is not in the group.
     """
-    device = _exchange_device()
-    shapes = _exchange_shapes([1, x.shape[0], x.shape[1]], device)
-    _check_shapes(shapes)
-    sizes = [N for _, N, _ in shapes]
-    x_of_all = _gather_padded(x.to(device), sizes).to(x.device)
-    return x_of_all, None if labels is None else _gather_padded(labels.to(device), sizes).to(x.device)
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    ranks = Ranks(group)
+    return ranks if ranks.world > 1 else None
 
 
-def announce_fault() -> None:
-    """Takes this rank's part in `gather_rows` where its batch cannot be used, so that all raise and none hangs."""
-    _exchange_shapes([0, 0, 0], _exchange_device())
+def digest(*values: object) -> int:
+    """Returns a number that is the same on two ranks where these values are."""
+    return zlib.crc32(repr(values).encode())
 
 
-def _exchange_device() -> torch.device:
-    """Where the process group's collectives want their tensors."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _exchange_shapes(shape: list[int], device: torch.device) -> list[list[int]]:
-    own = torch.tensor(shape, dtype=torch.int64, device=device)
-    of_all = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_all, own)
-    return [list(map(int, other)) for other in torch.stack(of_all).tolist()]
-
-
-def _check_shapes(shapes: list[list[int]]) -> None:
-    faulty = [rank for rank, (good, _, _) in enumerate(shapes) if not good]
-    if faulty:
-        raise ValueError(f"`update` must get a usable batch on every rank, but rank {faulty[0]} raised; see its error.")
-    widths = [D for _, _, D in shapes]
-    if len(set(widths)) > 1:
-        raise ValueError(f"`embeddings` must have the same width D on every rank, got {widths} on ranks 0, 1, ....")
-
-
-def _gather_padded(rows: Tensor, sizes: list[int]) -> Tensor:
-    if not any(sizes):
-        return rows
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    of_all = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(of_all, padded)
-    return torch.cat([other[:size] for other, size in zip(of_all, sizes, strict=True)])
+def _odd(values: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The ranks that differ from most, with what they have."""
+    most = Counter(values).most_common(1)[0][0]
+    return [(rank, value) for rank, value in enumerate(values) if value != most]
 
 
 def local_rows(x: object) -> object:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -12,21 +12,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
-from mixture_core import MixtureState, StepStats
+from mixture_core import MixtureState
 from mixture_core.grouped import complete_
-from mixture_core.inputs import usable_rows
-from mixture_core.step import advance
-from mixture_torch.batches import as_plain_embeddings, receive, refuse
-from mixture_torch.checkpoint import from_state_dict, to_state_dict
+from mixture_torch.accumulator import Accumulator, Updated, ignored, to_device
+from mixture_torch.batches import as_plain_embeddings, settle
+from mixture_torch.checkpoint import Standing, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.graphs import Graphs
-from mixture_torch.memory import Memory
-from mixture_torch.precision import full_float32, may_wait
+from mixture_torch.context import active_step
+from mixture_torch.precision import full_float32
 from mixture_torch.recorder import Recorder, Report
 
 DEFAULTS = MixtureRuntimeConfig()
 CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one
-SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -45,7 +42,8 @@ class MixtureStats:
         ema_decay: What a step leaves of the weight of earlier samples, in (0, 1).
         enabled: False makes every method do nothing.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
-        cross_rank: Gather the embeddings of all ranks before each update.
+        cross_rank: Whether the mixture is that of the embeddings of all ranks: `gather`, or true, has every rank gather
+            and work on all of them; `reduce` has each work on its own, and add up sums, so that R is of its own too.
         log_dir: Folder for the files; None writes none.
         store_scores: Write the responsibilities too.
         scores_mode: `append`: all in one file; `per_step`: one file per step.
@@ -55,6 +53,9 @@ class MixtureStats:
         revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
         compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a fraction of the host's time. Not where
             `strict` has to wait anyway.
+        dim: D, where it is known beforehand: `state_dict` then has its final shapes before the first update, as those
+            need that load in place.
+        process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
 
     Raises:
         TypeError: An option is of the wrong type; the message names it, what was expected and what came.
@@ -70,7 +71,7 @@ class MixtureStats:
         ema_decay: float = DEFAULTS.ema_decay,
         enabled: bool = DEFAULTS.enabled,
         is_main: bool | None = None,
-        cross_rank: bool = DEFAULTS.cross_rank,
+        cross_rank: bool | Literal["gather", "reduce"] = DEFAULTS.cross_rank,
         log_dir: str | os.PathLike[str] | None = None,
         store_scores: bool = DEFAULTS.store_scores,
         scores_mode: Literal["append", "per_step"] = DEFAULTS.scores_mode,
@@ -79,6 +80,8 @@ class MixtureStats:
         strict: bool = DEFAULTS.strict,
         revive_below: float = DEFAULTS.revive_below,
         compile: bool = DEFAULTS.compile,
+        dim: int | None = DEFAULTS.dim,
+        process_group: Any = None,
     ) -> None:
         self._config = MixtureRuntimeConfig(
             K=K,
@@ -94,15 +97,14 @@ class MixtureStats:
             strict=strict,
             revive_below=revive_below,
             compile=compile,
+            dim=dim,
         )
-        self._recorder = Recorder(self._config, log_dir=log_dir, is_main=is_main)
-        self._state: MixtureState | None = None
-        self._waiting: Tensor | None = None  # (n, D) rows that came before there were enough to start from
+        self._recorder = Recorder(self._config, log_dir=log_dir, is_main=is_main, process_group=process_group)
+        self._accumulator = Accumulator(self._config, process_group)
         self._stats = NOTHING
         self._report: Report | None = None
-        self._memory = Memory()
-        self._graphs = Graphs(self._config.core)
-        self._warned = False
+        self._warned = False  # of ignored rows
+        self._short = False  # of memory, and said so
 
     @classmethod
     def from_config(
@@ -111,6 +113,7 @@ class MixtureStats:
         *,
         log_dir: str | os.PathLike[str] | None = None,
         is_main: bool | None = None,
+        process_group: Any = None,
     ) -> "MixtureStats":
         """Returns the estimator of a configuration.
 
@@ -118,6 +121,7 @@ class MixtureStats:
             config: From `MixtureRuntimeConfig.from_yaml`, `.from_mapping`, or made by hand.
             log_dir: Folder for the files.
             is_main: Whether this process writes them.
+            process_group: The ranks of `cross_rank` and `is_main`.
 
         Raises:
             TypeError: `config` is something else, or another argument is of the wrong type.
@@ -125,7 +129,7 @@ class MixtureStats:
         """
         if not isinstance(config, MixtureRuntimeConfig):
             raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
-        return cls(log_dir=log_dir, is_main=is_main, **attrs.asdict(config))
+        return cls(log_dir=log_dir, is_main=is_main, process_group=process_group, **attrs.asdict(config))
 
     @property
     def config(self) -> MixtureRuntimeConfig:
@@ -140,10 +144,11 @@ class MixtureStats:
     @property
     def state(self) -> MixtureState | None:
         """What the next update starts from, as a copy; None before the first."""
-        if self._state is None:
+        own = self._accumulator.standing.state
+        if own is None:
             return None
-        with full_float32(self._state.moments.weight):
-            state: MixtureState = tree_map(torch.clone, self._state)
+        with full_float32(own.moments.weight):
+            state: MixtureState = tree_map(torch.clone, own)
             complete_(state.moments.covariance)
         return state
 
@@ -153,28 +158,44 @@ class MixtureStats:
         return self._stats
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has not annotated it
-    def update(self, embeddings: Tensor, labels: Tensor | None = None) -> Mapping[str, Tensor]:
+    def update(
+        self, embeddings: Tensor, labels: Tensor | None = None, *, step: Hashable | None = None
+    ) -> Mapping[str, Tensor]:
         """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
 
         Where the estimator is disabled, the mapping is empty. During a backward pass, where activation checkpointing
-        runs the forward pass a second time, nothing is updated and the last mapping is returned.
+        runs the forward pass a second time, nothing is updated and the last mapping is returned. Where memory runs out
+        the batch counts for nothing, with a warning.
 
         Args:
             embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
                 with NaN or Inf are ignored and counted.
             labels: (N,) integers in [0, K), or -1 or -100 where a row is to be ignored; only looked at where
                 responsibilities come from labels.
+            step: Of the training, or anything else that tells steps apart. Calls with the same one, as gradient
+                accumulation or several losses make them, bring parts of one batch: nothing decays in between. None is
+                that of the `activate` around the call, or else a step of its own.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
-            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; likewise.
+            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; likewise. With `cross_rank`, here
+                or on another rank.
         """
         if not self.enabled:
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
-        self._settle(but=1)
-        return self._replay(embeddings) or self._update(embeddings, labels)
+        self._settle(but=0 if self._config.cross_rank == "reduce" else 1)  # before others are left waiting
+        token = active_step(self) if step is None else step
+        try:
+            updated = self._accumulator.update(embeddings, labels, token=token)
+        except (MemoryError, RuntimeError) as error:
+            if self._config.strict or not _is_out_of_memory(error):
+                raise
+            return self._skip(embeddings, error)
+        if updated.report is None:
+            self._warn_of_ignored(int(updated.stats.n_ignored), int(updated.n_rows), stacklevel=CALLER)
+        return self._show(updated)
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
@@ -196,6 +217,8 @@ class MixtureStats:
         stats = self._stats if stats is None else stats
         if not isinstance(stats, Mapping):
             raise TypeError(f"`stats` must be what `update` returned, got {type(stats).__name__}.")
+        if not stats and self._short:
+            return
         if not stats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
         report = self._report if stats is self._stats else None
@@ -213,32 +236,44 @@ class MixtureStats:
             TypeError: An argument is of the wrong type.
             ValueError: A shape is wrong, or there has been no update.
         """
-        if self._state is None:
+        state = self._accumulator.standing.state
+        if state is None:
             raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
         with full_float32(embeddings):
             x = as_plain_embeddings(embeddings)
-            return mixture_core.assign(_to_device(self._state, x.device), x, labels)
+            return mixture_core.assign(to_device(state, x.device), x, labels)
 
-    def state_dict(self) -> dict[str, Tensor | int | str]:
+    def state_dict(self, *, dim: int | None = None) -> dict[str, Tensor | int | str]:
         """Returns all that a later run needs to go on, as plain tensors, ints and strings, with the same keys always.
 
-        `torch.load` reads it back with its safe defaults.
+        `torch.load` reads it back with its safe defaults. `torch.distributed.checkpoint` loads in place, and so needs
+        the final shapes: give `dim` where it loads into an estimator that has had no update.
+
+        Args:
+            dim: D, for the shapes before the first update; None is the estimator's `dim`, and 0 without it.
         """
-        return to_state_dict(self._config.core, self.state, self._waiting)
+        standing = self._accumulator.standing
+        return to_state_dict(self._config.core, Standing(self.state, standing.waiting), dim=dim or self._config.dim)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a state_dict.
 
+        What was recorded at or after the (epoch, step) that is logged next is then superseded: it is moved to files of
+        its own, so that the log of an interrupted run is the log of one that was not.
+
         Args:
-            state_dict: From an estimator with the same K, mode and assigner.
+            state_dict: From an estimator with the same K, D, mode and assigner.
 
         Raises:
+            TypeError: It is no mapping.
             ValueError: It is from another kind of estimator, or incomplete; this one is unchanged.
         """
+        self._settle()
         with full_float32(None):
-            self._state, self._waiting = from_state_dict(self._config.core, state_dict)
-        self._memory, self._graphs = Memory(), Graphs(self._config.core)
-        self._stats = NOTHING
+            D = self._accumulator.standing.D or self._config.dim
+            self._accumulator.restart(from_state_dict(self._config.core, state_dict, D=D))
+        self._stats, self._report = NOTHING, None
+        self._recorder.resumed()
 
     def flush(self) -> None:
         """Makes all files complete: `mixture_scores.pt` holds all that was logged.
@@ -266,85 +301,36 @@ class MixtureStats:
         """Closes the files."""
         self.close()
 
-    def _replay(self, embeddings: Tensor) -> StepStats | None:
-        """What `update` does, where a graph that has been captured does it all."""
-        if not self._config.compile or self._config.uses_labels or self._config.cross_rank or self._config.strict:
-            return None
-        if self._state is None or self._waiting is not None or not self._graphs.take(embeddings):
-            return None
-        work = self._memory.lend(self._state.moments.covariance, N=embeddings.shape[0])
-        step = self._graphs.replay(self._state, embeddings, None, work)
-        return None if step is None else self._commit(self._state, None, *step)
+    def _skip(self, embeddings: Any, error: Exception) -> Mapping[str, Tensor]:
+        """Goes on as if no row had counted; this is an instrument, and the run is what matters."""
+        if not self._short:
+            self._short = True
+            cause = " ".join(str(error).split())
+            warnings.warn(f"`update` ran out of memory and skips such batches: {cause}", stacklevel=CALLER)
+        updated = self._accumulator.skip(len(embeddings))
+        return self._stats if updated is None else self._show(updated)
 
-    def _update(self, embeddings: Tensor, labels: Tensor | None) -> StepStats:
-        with full_float32(embeddings):
-            D = None if self._state is None else self._state.moments.mean.shape[1]
-            x, labels, wrong_label = receive(self._config, embeddings, labels, D=D)
-            start, waiting = self._start(x)
-            work = self._memory.lend(start.moments.covariance, N=len(x))
-            step = None
-            if self._config.compile and x.is_cuda and start is self._state and not self._config.strict:
-                step = self._graphs.step(start, x, labels, work)
-            state, stats, report = step or (*advance(start, x, labels, work=work), None)
-            if self._config.strict and (n_ignored := int(stats.n_ignored)):
-                raise ValueError(f"`strict` expects every row to be usable, got {_ignored(n_ignored, len(x))}.")
-            if x.is_cuda and report is None:
-                report = Report.of(stats)
-            if report is not None and wrong_label is not None:
-                report.doubt(wrong_label)
-            shown = self._commit(start, waiting, state, stats, report)
-        if report is None:
-            self._warn_of_ignored(int(stats.n_ignored), len(x), stacklevel=CALLER + 1)
-        return shown
-
-    def _commit(
-        self, start: MixtureState, waiting: Tensor | None, state: MixtureState, stats: StepStats, report: Report | None
-    ) -> StepStats:
-        """Makes the step the estimator's, and returns its statistics for the reader."""
-        shown = self._memory.hand_out(stats, before=start.moments.covariance)
-        self._state, self._waiting, self._stats, self._report = state, waiting, shown, report
-        if report is not None:
-            self._recorder.expect(report)
-        return shown
+    def _show(self, updated: Updated) -> Mapping[str, Tensor]:
+        self._stats, self._report = updated.stats, updated.report
+        if updated.report is not None:
+            self._recorder.expect(updated.report)
+        return self._stats
 
     def _settle(self, *, but: int = 0) -> None:
         """Writes what has been logged and says what there is to say, but for that many of the latest updates."""
         for report in self._recorder.arrivals(but=but):
             at = "an update that was not logged" if report.step is None else f"step {report.step}"
-            if report.wrong_label is not None:
-                refuse(report.wrong_label, self._config.K, at=at)
+            for doubt in report.doubts:
+                settle(doubt, at=at)
             self._warn_of_ignored(report.n_ignored, report.N, stacklevel=CALLER, at=at)
 
     def _warn_of_ignored(self, n_ignored: int, N: int, *, stacklevel: int, at: str = "") -> None:
         if n_ignored and not self._warned:
             self._warned = True
-            said = f"{_ignored(n_ignored, N)}{at and ' at '}{at}; said once, `n_ignored` counts them."
+            said = f"{ignored(n_ignored, N)}{at and ' at '}{at}; said once, `n_ignored` counts them."
             warnings.warn(said, stacklevel=stacklevel + 1)
 
-    def _start(self, x: Tensor) -> tuple[MixtureState, Tensor | None]:
-        """The state that this batch's step starts from, and the rows that go on waiting for more to start from."""
-        state, waiting = self._state, self._waiting
-        if state is not None and waiting is None:
-            return _to_device(state, x.device), None
-        if self._config.uses_labels:
-            return mixture_core.init(self._config.core, x), None
-        with may_wait():  # for the GPU, once: how many rows there are decides whether to go on
-            rows = x[usable_rows(x)]
-            if state is not None and not len(rows):
-                return _to_device(state, x.device), waiting
-            if waiting is not None:
-                rows = torch.cat([waiting.to(x.device), rows])
-            generator = torch.Generator(device="cpu").manual_seed(self._config.seed)
-            state = mixture_core.init(self._config.core, rows, generator=generator)
-        return state, rows if len(rows) < SEEDING_ROWS * self._config.K else None
 
-
-def _to_device(state: MixtureState, device: torch.device) -> MixtureState:
-    if state.moments.weight.device == device:
-        return state
-    moved: MixtureState = tree_map(lambda tensor: tensor.to(device), state)
-    return moved
-
-
-def _ignored(count: int, N: int) -> str:
-    return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory; torch has a class for that on GPUs only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

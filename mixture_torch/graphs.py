@@ -70,7 +70,7 @@ class _Graph:
     labels: Tensor | None  # (N,) to copy the labels to
     state: MixtureState  # after it, in memory that it writes to
     results: Tensor  # as in _Results
-    numbers: Tensor  # (5,) on the host, as in `numbers_of`
+    numbers: Tensor  # (6,) on the host, as in `numbers_of`
     arrived: torch.cuda.Event  # for the numbers
     reader: Callable[[], _Results | None]  # who may yet read the results
 
@@ -174,7 +174,7 @@ class Graphs:
         if N not in self._inputs:
             self._inputs[N] = (torch.empty_like(x), None if labels is None else torch.empty_like(labels))
         x, labels = self._inputs[N]
-        numbers = torch.empty(5, dtype=torch.float32, device="cpu", pin_memory=True)
+        numbers = torch.empty(6, dtype=torch.float32, device="cpu", pin_memory=True)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Other threads, such as those that pin memory for data loaders, go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -195,4 +195,4 @@ class Graphs:
         part: Any = partial(_Part, results)
         moments = Moments(weight=part("weight"), mean=part("mean"), covariance=graph.state.moments.covariance)
         stats = StepStats(moments=moments, R=part("R"), n_ignored=part("n_ignored"), n_revived=part("n_revived"))
-        return Step(graph.state, stats, Report(graph.numbers, N=N, K=self._config.K, arrived=graph.arrived))
+        return Step(graph.state, stats, Report(graph.numbers, K=self._config.K, arrived=graph.arrived))

@@ -1,7 +1,7 @@
 """Where a step's results live: in memory that takes turns; and what is handed out of it, copied when it is read."""
 
 import weakref
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -107,6 +107,14 @@ class ExactMoments(Moments):
 SLACK = 4  # times the memory that rows take may be kept for them
 
 
+class Rows(NamedTuple):
+    """The rows of a step, of which statistics tell the last call's."""
+
+    N: int | Tensor  # rows of all calls so far, and of all ranks
+    earlier: tuple[Tensor, ...] = ()  # R of the calls before
+    n_ignored: int | Tensor = 0  # of the calls before
+
+
 @pytree
 class ExactStats(StepStats):
     """Statistics whose moments are exact."""
@@ -114,6 +122,7 @@ class ExactStats(StepStats):
     R = _Read()
     n_ignored = _Read()
     n_revived = _Read()
+    rows: Rows  # not one of the statistics, and gone in what `tree_map` makes of them
 
 
 class Memory:
@@ -140,11 +149,12 @@ class Memory:
             self._rows = rows = Workspace.rows_for(like, N=N)
         return Workspace(spare, rows)
 
-    def hand_out(self, stats: StepStats, *, before: Tensor) -> StepStats:
+    def hand_out(self, stats: StepStats, rows: Rows, *, before: Tensor) -> ExactStats:
         """Returns the statistics for a reader.
 
         Args:
             stats: Of the step; of their covariance only the lower triangle is right, and the rest may come `Later`.
+            rows: Of the step.
             before: The covariances that the step came from, whose memory is for the next step.
         """
         m = stats.moments
@@ -157,4 +167,6 @@ class Memory:
         }
         self._readers[id(m.covariance)].add(triangle)
         moments = ExactMoments(weight=cast(Tensor, weight), mean=cast(Tensor, mean), covariance=triangle)
-        return ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)
+        shown = ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)
+        object.__setattr__(shown, "rows", rows)
+        return shown

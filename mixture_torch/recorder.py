@@ -4,17 +4,19 @@ import operator
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mixture_core import StepStats
 from mixture_core.moments import figures
+from mixture_torch.batches import Doubt
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import is_main_rank
+from mixture_torch.memory import Rows
 from mixture_torch.precision import full_float32
 from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 
@@ -25,19 +27,18 @@ class Report:
     """What the host has to know of one update; from a GPU it comes without anybody's waiting, a little later.
 
     Args:
-        numbers: (5,) from `numbers_of`, on the host, or on the way there.
-        N: Rows of the update.
+        numbers: (6,) from `numbers_of`, on the host, or on the way there.
         K: Number of components.
         arrived: Recorded when all that is on the way has been sent; None where nothing is.
     """
 
-    def __init__(self, numbers: Tensor, *, N: int, K: int, arrived: torch.cuda.Event | None = None) -> None:
-        self.N, self.K = N, K
+    def __init__(self, numbers: Tensor, *, K: int, arrived: torch.cuda.Event | None = None) -> None:
+        self.K = K
         self.step: int | None = None  # None until it is logged
         self.epoch = 0
         self.R: Tensor | None = None
+        self.doubts: list[Doubt] = []
         self._numbers, self._arrived = numbers, arrived
-        self._wrong_label: Tensor | None = None
         self._values: list[float] = []
 
     @classmethod
@@ -47,8 +48,8 @@ class Report:
         Args:
             stats: What the update returned.
         """
-        N, K = stats["R"].shape
-        return cls(_to_host(numbers_of(stats)), N=N, K=K, arrived=_sent(stats["R"]))
+        numbers = numbers_of(stats)
+        return cls(_to_host(numbers), K=stats["R"].shape[1], arrived=_sent(numbers))
 
     def log(self, step: int, epoch: int, R: Tensor | None) -> None:
         """Makes it a row of the log, with responsibilities (N, K) or without."""
@@ -56,9 +57,11 @@ class Report:
         if R is not None:
             self.R, self._arrived = _to_host(R), _sent(R)
 
-    def doubt(self, label: Tensor) -> None:
-        """Adds a label that may be wrong, () int64, as in `Batch`."""
-        self._wrong_label, self._arrived = _to_host(label), _sent(label)
+    def doubt(self, doubts: Iterable[Doubt]) -> None:
+        """Adds what may be wrong with the batch."""
+        for value, refuse in doubts:
+            self.doubts.append(Doubt(_to_host(value), refuse))
+            self._arrived = _sent(value)
 
     @property
     def is_here(self) -> bool:
@@ -77,18 +80,18 @@ class Report:
 
     @property
     def n_ignored(self) -> int:
-        """How many rows were ignored."""
+        """How many rows of the step were ignored."""
         return int(self._read()[4])
+
+    @property
+    def N(self) -> int:
+        """How many rows the step had."""
+        return int(self._read()[5])
 
     def _read(self) -> list[float]:
         if not self._values:
             self._values = self._numbers.tolist()
         return self._values
-
-    @property
-    def wrong_label(self) -> int | None:
-        """A label that may be wrong, as in `Batch`."""
-        return None if self._wrong_label is None else int(self._wrong_label)
 
 
 class Recorder:
@@ -98,6 +101,7 @@ class Recorder:
         config: Says whether and how responsibilities are stored.
         log_dir: Folder for the files; None writes none.
         is_main: Whether this process writes; None is rank 0, or any process outside a process group.
+        process_group: Whose rank 0; None is the default group.
 
     Raises:
         TypeError: `log_dir` or `is_main` is of the wrong type.
@@ -105,7 +109,12 @@ class Recorder:
     """
 
     def __init__(
-        self, config: MixtureRuntimeConfig, *, log_dir: str | os.PathLike[str] | None, is_main: bool | None
+        self,
+        config: MixtureRuntimeConfig,
+        *,
+        log_dir: str | os.PathLike[str] | None,
+        is_main: bool | None,
+        process_group: Any = None,
     ) -> None:
         if is_main is not None and not isinstance(is_main, bool):
             raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
@@ -115,6 +124,7 @@ class Recorder:
             raise ValueError("`log_dir` must be given where `store_scores` is true, got None.")
         self._config = config
         self._is_main = is_main
+        self._group = process_group
         # Absolute: the working directory may change before the first write.
         self._log_dir = None if log_dir is None else Path(log_dir).absolute()
         self._files: _Files | None = None
@@ -165,11 +175,14 @@ class Recorder:
             with full_float32(stats["R"]):
                 report = Report.of(stats)
             self.expect(report)
-        report.log(step, epoch, stats["R"] if writes and self._config.store_scores else None)
+        report.log(step, epoch, responsibilities_of(stats) if writes and self._config.store_scores else None)
         if self._files is None and writes:  # a process that writes no row leaves the folder to those that do
             self._files = _Files(self._config, cast(Path, self._log_dir))
             # Whoever never calls `close` finds all files complete all the same.
             weakref.finalize(self, _finish, self._files, self._expected)
+
+    def resumed(self) -> None:
+        pass
 
     def flush(self) -> None:
         """Makes all files complete."""
@@ -184,7 +197,7 @@ class Recorder:
     def _writes(self) -> bool:
         """Decided at the first write: a process group often comes up later than the estimator."""
         if self._is_main is None:
-            self._is_main = is_main_rank()
+            self._is_main = is_main_rank(self._group)
         return self._is_main
 
 
@@ -246,14 +259,23 @@ def _as_count(name: str, value: int) -> int:
 
 
 def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
-    """Returns pi_min, pi_max, trace_B, opnorm_B, and how many rows were ignored, (5,)."""
+    """Returns pi_min, pi_max, trace_B, opnorm_B, and how many rows of the step were ignored and there are, (6,)."""
     if isinstance(stats, StepStats):
         logged, n_ignored = figures(stats.moments), stats.n_ignored
     else:  # `stats` that went through a dict
         pi = stats["pi"]
         logged = torch.stack([pi.min(), pi.max(), stats["trace_B"], stats["opnorm_B"]])
         n_ignored = (stats["R"].sum(dim=1) == 0).sum()
-    return torch.cat([logged, n_ignored.to(logged.dtype)[None]])
+    N, _, n_ignored_earlier = getattr(stats, "rows", None) or Rows(len(stats["R"]))
+    # Never from the host's memory to a GPU's, for which somebody would have to wait.
+    n_rows = N if isinstance(N, Tensor) else n_ignored.new_full((), N)
+    return torch.cat([logged, torch.stack([n_ignored + n_ignored_earlier, n_rows]).to(logged.dtype)])
+
+
+def responsibilities_of(stats: Mapping[str, Tensor]) -> Tensor:
+    """Returns R of all rows of the step, (N, K), of whichever call they came with."""
+    rows = getattr(stats, "rows", None)
+    return torch.cat([*rows.earlier, stats["R"]]) if rows and rows.earlier else stats["R"]
 
 
 def _sent(tensor: Tensor) -> torch.cuda.Event | None:

@@ -106,11 +106,12 @@ def test_load_state_dict_replaces_what_was() -> None:
     assert all_bits(run(other, range(2, 4))) == all_bits(run(wrapper, range(2, 4)))
 
 
-def test_load_state_dict_of_another_width_replaces_what_was() -> None:
-    wrapper, other = estimator(), run(estimator(), range(2))
+@pytest.mark.parametrize("other", [run(estimator(), range(2)), estimator(dim=4)], ids=["used", "dim"])
+def test_load_state_dict_of_another_width_is_refused(other: MixtureStats) -> None:
+    wrapper = estimator()
     wrapper.update(mixture(D=6)[0])
-    other.load_state_dict(wrapper.state_dict())
-    assert other.update(mixture(D=6)[0])["mu"].shape == (3, 6)
+    with unchanged(other), pytest.raises(ValueError, match=r"^The state_dict must have D 4, got 6\."):
+        other.load_state_dict(wrapper.state_dict())
 
 
 def test_load_state_dict_from_before_the_first_update_forgets_all() -> None:
@@ -149,7 +150,7 @@ def test_state_stays_float32_whatever_is_loaded() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda d: d | {"version": 99}, "version 1, got 99"),
+    "version": (lambda d: d | {"version": 99}, "version 2, got 99"),
     "K": (lambda d: d | {"K": 5}, "K 3, got 5"),
     "mode": (lambda d: d | {"mode": "per_batch"}, "mode 'ema', got 'per_batch'"),
     "assigner": (lambda d: d | {"assigner": "label_supervised"}, "'kmeans_online', got 'label_supervised'"),
@@ -164,7 +165,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "covariance too long": (lambda d: d | {"covariance": torch.ones(5, 4, 4)}, "covariance"),
     "covariance not square": (lambda d: d | {"covariance": torch.ones(3, 4, 5)}, "covariance"),
     "waiting too wide": (lambda d: d | {"waiting": torch.ones(2, 5)}, "waiting"),
-    "another D": (lambda d: d | {"D": 5}, "mean|covariance"),
+    "another D": (lambda d: d | {"D": 5}, "D 4, got 5"),
+    "D negative": (lambda d: d | {"D": -4}, "an int from 0 on as D, got -4"),
+    "D 0": (lambda d: d | {"D": 0, "mean": torch.ones(3, 0)}, "D 4, got 0"),
+    "more waiting than can be": (lambda d: d | {"n_waiting": 12}, "an int from 0 to 11 as n_waiting, got 12"),
+    "started a bool": (lambda d: d | {"started": True}, "an int from 0 to 1 as started, got True"),
     "D a text": (lambda d: d | {"D": "4"}, "D|mean|covariance"),
     "K a tensor": (lambda d: d | {"K": torch.tensor([3, 4])}, "K 3, got tensor"),
     "complex": (lambda d: d | {"mean": torch.ones(3, 4) * 1j}, "mean"),

@@ -1,0 +1,215 @@
+"""The mixture that an estimator keeps from update to update, on one rank or on several."""
+
+import warnings
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
+
+import mixture_core
+from mixture_core import MixtureState, StepStats
+from mixture_core.inputs import usable_rows
+from mixture_core.peers import Peers
+from mixture_core.shares import advance_share
+from mixture_core.step import advance
+from mixture_torch.batches import Batch, exchange, receive
+from mixture_torch.checkpoint import SEEDING_ROWS, Standing
+from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.distributed import digest, other_ranks
+from mixture_torch.graphs import Graphs
+from mixture_torch.memory import ExactStats, Memory, Rows
+from mixture_torch.precision import full_float32, may_wait
+from mixture_torch.recorder import Report
+
+LARGE = 1e9  # bytes; a state beyond that says how large it is
+
+
+class Updated(NamedTuple):
+    """What came of an update."""
+
+    stats: ExactStats  # as a reader gets them
+    report: Report | None  # where it is still on its way
+    n_rows: int | Tensor  # of this call, on all ranks that count
+
+
+class Start(NamedTuple):
+    """What a step starts from."""
+
+    state: MixtureState
+    waiting: Tensor | None = None  # (n, D) rows that go on waiting for more to start from
+    anew: bool = False  # whether the state has seen no batch
+
+
+class Accumulator:
+    """Takes batches in, and keeps the mixture, the memory that it lives in, and the step that is under way.
+
+    Args:
+        config: The choices.
+        process_group: The ranks to exchange with where `cross_rank` is on; None is the default group.
+    """
+
+    def __init__(self, config: MixtureRuntimeConfig, process_group: Any) -> None:
+        self._config = config
+        self._group = process_group
+        self.restart(Standing())
+
+    def restart(self, standing: Standing) -> None:
+        """Goes on from there."""
+        self.standing = standing
+        self._memory, self._graphs = Memory(), Graphs(self._config.core)
+        self._last: ExactStats | None = None
+        self._token: object = None  # of the step that is under way
+        self._early: list[Batch] = []  # its batches that came before there were enough rows to start from
+
+    def update(self, embeddings: Any, labels: Any, *, token: object) -> Updated:
+        """Returns what comes of one more batch; of one more part of the last one, where it has the same token.
+
+        Args:
+            embeddings: (N, D), tensor or NumPy array.
+            labels: (N,) integers; only looked at where responsibilities come from labels.
+            token: Which step it belongs to; None is one of its own.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; here or on another rank.
+        """
+        continues = token is not None and token == self._token and self._last is not None
+        updated = None if continues else self._replay(embeddings)
+        if updated is None:
+            with full_float32(embeddings):
+                updated = self._update(embeddings, labels, continues=continues)
+        self._token = token
+        return updated
+
+    def skip(self, N: int) -> Updated | None:
+        """Returns what comes of a batch none of whose rows counts; None before the first update."""
+        state, last = self.standing.state, self._last
+        if state is None or last is None:
+            return None
+        with full_float32(last.moments.weight):
+            count = last.moments.weight.new_zeros((), dtype=torch.int64)
+            stats = StepStats(
+                moments=state.moments,
+                R=state.moments.weight.new_zeros(N, self._config.K),
+                n_ignored=count + N,
+                n_revived=count,
+            )
+            return self._commit(Start(state, self.standing.waiting), state, stats, Rows(N), None)
+
+    def _replay(self, embeddings: Any) -> Updated | None:
+        """What `update` does, where a graph that has been captured does it all."""
+        config, (state, waiting) = self._config, self.standing
+        if not config.compile or config.uses_labels or config.cross_rank or config.strict:
+            return None
+        if state is None or waiting is not None or not self._graphs.take(embeddings):
+            return None
+        N = embeddings.shape[0]
+        work = self._memory.lend(state.moments.covariance, N=N)
+        step = self._graphs.replay(state, embeddings, None, work)
+        return None if step is None else self._commit(Start(state), step.state, step.stats, Rows(N), step.report)
+
+    def _update(self, embeddings: Any, labels: Any, *, continues: bool) -> Updated:
+        config, (state, waiting) = self._config, self.standing
+        ranks = other_ranks(self._group) if config.cross_rank else None
+        own = partial(receive, config, embeddings, labels, D=self.standing.D or config.dim)
+        if ranks is None:
+            return self._take(own(), None, continues=continues)
+        n_waiting = None if waiting is None else len(waiting)
+        shared = digest(config.core, config.cross_rank, config.seed, config.strict, state is None, n_waiting, continues)
+        like = None if state is None or waiting is not None else state.moments.mean
+        batch = exchange(config, own, ranks=ranks, digest=shared, like=like)
+        return self._take(batch, ranks.peers if config.cross_rank == "reduce" else None, continues=continues)
+
+    def _take(self, batch: Batch, peers: Peers | None, *, continues: bool) -> Updated:
+        start = self._start(batch.everyone)
+        step = self._captured(start.state, batch) if start.state is self.standing.state and not continues else None
+        state, stats, report = step or (*self._advance(start, batch, peers, continues=continues), None)
+        if self._config.strict and (n_ignored := int(stats.n_ignored)):
+            N = int(batch.n_rows)
+            raise ValueError(f"`strict` expects every row to be usable, got {ignored(n_ignored, N)}.")
+        last, rows = self._last, Rows(batch.n_rows)
+        if continues and last is not None:
+            rows = Rows(last.rows.N + batch.n_rows, (*last.rows.earlier, last.R), last.rows.n_ignored + last.n_ignored)
+        self._early = [*self._early, batch] if continues else [batch]
+        if start.waiting is None:
+            self._early = []
+        updated = self._commit(start, state, stats, rows, report)
+        if updated.report is not None:
+            updated.report.doubt(batch.doubts)
+        return updated._replace(n_rows=batch.n_rows)
+
+    def _captured(self, state: MixtureState, batch: Batch) -> Any:
+        """The step from a graph that has been captured or now is; None where there is none."""
+        if not (self._config.compile and batch.x.is_cuda) or self._config.strict or self._config.cross_rank == "reduce":
+            return None
+        work = self._memory.lend(state.moments.covariance, N=len(batch.x))
+        return self._graphs.step(state, batch.x, batch.labels, work)
+
+    def _advance(
+        self, start: Start, batch: Batch, peers: Peers | None, *, continues: bool
+    ) -> tuple[MixtureState, StepStats]:
+        """One step; where it continues one that had to start anew, with that one's earlier batches before it."""
+        early = self._early if continues and start.anew else []
+        state = start.state
+        for n, part in enumerate([*early, batch]):
+            further = continues if part is batch else n > 0
+            if peers is not None:
+                state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further)
+            else:
+                work = self._memory.lend(state.moments.covariance, N=len(part.x))
+                state, stats = advance(state, part.x, part.labels, continues=further, work=work)
+        return state, stats
+
+    def _commit(
+        self, start: Start, state: MixtureState, stats: StepStats, rows: Rows, report: Report | None
+    ) -> Updated:
+        """Makes the step the estimator's, and returns its statistics for the reader."""
+        shown = self._memory.hand_out(stats, rows, before=start.state.moments.covariance)
+        if report is None and stats.moments.weight.is_cuda:
+            report = Report.of(shown)
+        self.standing, self._last = Standing(state, start.waiting), shown
+        return Updated(shown, report, rows.N)
+
+    def _start(self, x: Tensor) -> Start:
+        """What the step starts from, given the rows of all ranks."""
+        config, (state, waiting) = self._config, self.standing
+        if state is not None and waiting is None:
+            return Start(to_device(state, x.device))
+        if state is None:
+            announce(config.K, x.shape[1])
+        if config.uses_labels:
+            return Start(mixture_core.init(config.core, x))
+        with may_wait():  # for the GPU, once: how many rows there are decides whether to go on
+            rows = x[usable_rows(x)]
+            if state is not None and not len(rows):
+                return Start(to_device(state, x.device), waiting)
+            if waiting is not None:
+                rows = torch.cat([waiting.to(x.device), rows])
+            generator = torch.Generator(device="cpu").manual_seed(config.seed)
+            state = mixture_core.init(config.core, rows, generator=generator)
+        return Start(state, rows if len(rows) < SEEDING_ROWS * config.K else None, anew=True)
+
+
+def announce(K: int, D: int) -> None:
+    """Says how large the state is going to be, if it is large."""
+    if (size := 4 * K * (1 + D + D * D)) > LARGE:
+        warnings.warn(
+            f"The mixture of K = {K} components of D = {D} takes {size / 1e9:.1f} GB, and as much again for the next "
+            "step; a smaller K, or a projection to fewer dimensions, takes less.",
+            stacklevel=2,
+        )
+
+
+def ignored(count: int, N: int) -> str:
+    """Returns what to say of rows that were ignored."""
+    return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"
+
+
+def to_device(state: MixtureState, device: torch.device) -> MixtureState:
+    """Returns the state on a device."""
+    if state.moments.weight.device == device:
+        return state
+    moved: MixtureState = tree_map(lambda tensor: tensor.to(device), state)
+    return moved
