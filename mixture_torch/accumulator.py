@@ -14,7 +14,7 @@ from mixture_core.inputs import usable_rows
 from mixture_core.peers import Peers
 from mixture_core.shares import advance_share
 from mixture_core.step import advance
-from mixture_torch.batches import Batch, exchange, receive
+from mixture_torch.batches import Batch, exchange, is_out_of_memory, receive
 from mixture_torch.checkpoint import SEEDING_ROWS, Standing
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import digest, other_ranks
@@ -156,7 +156,7 @@ class Accumulator:
         for n, part in enumerate([*early, batch]):
             further = continues if part is batch else n > 0
             if peers is not None:
-                state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further)
+                state, stats = _advance_share(state, part, peers, continues=further)
             else:
                 work = self._memory.lend(state.moments.covariance, N=len(part.x))
                 state, stats = advance(state, part.x, part.labels, continues=further, work=work)
@@ -190,6 +190,17 @@ class Accumulator:
             generator = torch.Generator(device="cpu").manual_seed(config.seed)
             state = mixture_core.init(config.core, rows, generator=generator)
         return Start(state, rows if len(rows) < SEEDING_ROWS * config.K else None, anew=True)
+
+
+def _advance_share(
+    state: MixtureState, batch: Batch, peers: Peers, *, continues: bool
+) -> tuple[MixtureState, StepStats]:
+    try:
+        return advance_share(state, batch.x, batch.labels, peers=peers, continues=continues)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):  # who went on would take what the others still send for what comes next
+            raise RuntimeError("`update` ran out of memory while ranks waited for its sums; free some.") from error
+        raise
 
 
 def announce(K: int, D: int) -> None:

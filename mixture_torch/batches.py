@@ -88,7 +88,8 @@ def exchange(
             for doubt in batch.doubts:
                 settle(doubt)
     except Exception as error:  # whatever it is, the others are waiting
-        fault, nothing = error, torch.zeros(0, 1) if like is None else like[:0]
+        fault = MemoryError(str(error)) if is_out_of_memory(error) else error
+        nothing = torch.zeros(0, 1) if like is None else like[:0]
         batch = Batch(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), 0, nothing)
     N, D = batch.x.shape
     entries = ranks.enter(Entry(N, D, digest, fault), [doubt.value for doubt in batch.doubts if not waits])
@@ -130,6 +131,11 @@ def _refuse_rank(rank: int, at: str) -> None:
 
 def _raise(error: Exception, _: int, __: str) -> None:
     raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether there was too little memory, for which torch has a class on GPUs only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:

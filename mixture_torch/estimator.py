@@ -15,7 +15,7 @@ import mixture_core
 from mixture_core import MixtureState
 from mixture_core.grouped import complete_
 from mixture_torch.accumulator import Accumulator, Updated, ignored, to_device
-from mixture_torch.batches import as_plain_embeddings, settle
+from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
 from mixture_torch.checkpoint import Standing, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step
@@ -190,7 +190,7 @@ class MixtureStats:
         try:
             updated = self._accumulator.update(embeddings, labels, token=token)
         except (MemoryError, RuntimeError) as error:
-            if self._config.strict or not _is_out_of_memory(error):
+            if self._config.strict or not is_out_of_memory(error):
                 raise
             return self._skip(embeddings, error)
         if updated.report is None:
@@ -329,8 +329,3 @@ class MixtureStats:
             self._warned = True
             said = f"{ignored(n_ignored, N)}{at and ' at '}{at}; said once, `n_ignored` counts them."
             warnings.warn(said, stacklevel=stacklevel + 1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether there was too little memory; torch has a class for that on GPUs only."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -12,12 +12,13 @@ CORE, WRAPPER = ROOT / "mixture_core", ROOT / "mixture_torch"
 
 # From bottom to top: a module imports from lower rows only.
 CORE_ROWS = [
-    ("config", "pytrees", "inputs", "grouped"),
+    ("config", "pytrees", "inputs", "grouped", "peers"),
     ("kernels",),
     ("moments",),
     ("scatter", "revive", "stats"),
     ("assign",),
     ("step",),
+    ("shares",),
     ("__init__",),
     ("testing",),
 ]

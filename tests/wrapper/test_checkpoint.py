@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mixture_torch import MixtureStats
@@ -195,3 +196,49 @@ def test_refused_state_dict_leaves_the_estimator_unchanged(change: Callable[[dic
     with pytest.raises(Exception):  # noqa: B017, PT011  # which one is said above
         wrapper.load_state_dict(change(dict(state_dict)))
     assert all_bits(wrapper) == expected
+
+
+# torch.distributed.checkpoint, which loads in place
+
+
+@kinds
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_distributed_checkpoint_restores_into_a_fresh_estimator(
+    options: dict[str, Any], updates: int, tmp_path: Path
+) -> None:
+    wrapper, fresh = run(estimator(**options), range(updates)), estimator(**options)
+    dcp.save({"mixture": wrapper.state_dict(dim=4)}, checkpoint_id=tmp_path)
+    loaded = {"mixture": fresh.state_dict(dim=4)}
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    fresh.load_state_dict(loaded["mixture"])
+    assert all_bits(run(fresh, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
+
+
+@kinds
+def test_distributed_checkpoint_takes_the_estimator_itself(options: dict[str, Any], tmp_path: Path) -> None:
+    wrapper, fresh = run(estimator(dim=4, **options), range(3)), estimator(dim=4, **options)
+    dcp.save({"mixture": wrapper}, checkpoint_id=tmp_path)
+    dcp.load({"mixture": fresh}, checkpoint_id=tmp_path)
+    assert all_bits(run(fresh, range(3, 6))) == all_bits(run(wrapper, range(3, 6)))
+
+
+def test_distributed_checkpoint_never_restores_half_without_dim(tmp_path: Path) -> None:
+    wrapper, fresh = run(estimator(), range(3)), estimator()
+    dcp.save({"mixture": wrapper.state_dict()}, checkpoint_id=tmp_path)
+    with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
+        dcp.load({"mixture": fresh}, checkpoint_id=tmp_path)
+    assert fresh.state is None
+
+
+@pytest.mark.parametrize("dim", [None, 4])
+@pytest.mark.parametrize("updates", [0, 2])
+def test_state_dict_has_the_same_shapes_before_and_after(updates: int, dim: int | None) -> None:
+    state_dict = run(estimator(), range(updates)).state_dict(dim=dim)
+    D = 0 if updates == 0 and dim is None else 4
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, Tensor)}
+    assert shapes == {"weight": (3,), "mean": (3, D), "covariance": (3, D, D), "waiting": (12, D)}
+
+
+def test_dim_is_insisted_on() -> None:
+    with pytest.raises(ValueError, match=r"^`embeddings` must have shape \(N, 5\), got \(60, 4\)"):
+        estimator(dim=5).update(mixture()[0])

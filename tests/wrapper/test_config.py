@@ -25,7 +25,8 @@ OTHERS: dict[str, Any] = {
     "enabled": True,
     "store_scores": True,
     "scores_mode": "per_step",
-    "cross_rank": True,
+    "cross_rank": "reduce",
+    "dim": 3,
     "seed": 7,
     "strict": True,
 }

@@ -1,0 +1,191 @@
+"""Several calls of `update` in one step: gradient accumulation, and several losses."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_torch import NTXentLoss, activate, read_log, read_scores
+from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture
+
+LABELLED = {"assigner": "label_supervised"}
+KINDS: dict[str, dict[str, Any]] = {
+    "kmeans ema": {},
+    "kmeans per_batch": {"mode": "per_batch"},
+    "labels ema": LABELLED,
+    "labels per_batch": {**LABELLED, "mode": "per_batch"},
+    "labels alone": {"mode": "label_supervised"},
+    "waiting": {"K": 30},
+}
+kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+FIGURES = ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B")
+
+
+def parts(step: int, count: int = 3, N: int = 60) -> list[tuple[Tensor, Tensor]]:
+    """The batch of a step in unequal parts, the last but one of which is empty."""
+    x, labels = mixture(N, seed=step)
+    sizes = [N - 5, 0, 5][:count]
+    return list(zip(x.split(sizes), labels.split(sizes), strict=True))
+
+
+@pytest.mark.parametrize("options", [KINDS[kind] for kind in KINDS if kind != "waiting"], ids=str)
+def test_parts_of_a_step_are_its_batch(options: dict[str, Any]) -> None:
+    whole, split = estimator(**options), estimator(**options)
+    for step in range(4):
+        expected = whole.update(*mixture(seed=step))
+        for part in parts(step):
+            stats = split.update(*part, step=step)
+        assert_close(stats, {key: expected[key] for key in FIGURES}, 1e-5)
+
+
+@kinds
+def test_part_of_a_step_returns_its_own_rows(options: dict[str, Any]) -> None:
+    wrapper = estimator(**options)
+    for step in range(2):
+        for x, labels in parts(step):
+            stats = wrapper.update(x, labels, step=step)
+            assert (len(stats["R"]), int(stats["n_ignored"])) == (len(x), 0)
+            assert stats["R"].sum(dim=1).tolist() == [1.0] * len(x)
+
+
+def test_parts_weigh_as_one_batch() -> None:
+    wrapper = estimator(ema_decay=0.5)
+    for step in range(3):
+        for part in parts(step):
+            wrapper.update(*part, step=step)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
+
+
+@pytest.mark.parametrize("K", [14, 29, 30, 44])  # 120 rows to start from are there in the middle of a step, or after
+def test_rows_that_came_before_the_start_count_with_their_step(K: int) -> None:
+    wrapper, N = estimator(K=K, ema_decay=0.5), 0
+    for step in range(3):
+        waited = wrapper.state_dict()["started"] == 0
+        for part in parts(step):
+            wrapper.update(*part, step=step)
+        N = 60 if waited else 60 + N / 2
+        assert wrapper.state is not None
+        assert float(wrapper.state.moments.weight.sum()) == N
+
+
+def test_calls_without_a_step_are_steps_of_their_own() -> None:
+    wrapper = estimator(ema_decay=0.5)
+    for _ in range(3):
+        wrapper.update(mixture()[0])
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
+
+
+@pytest.mark.parametrize("token", [0, "epoch 1, step 7", 10**20])
+def test_step_may_be_anything_that_tells_steps_apart(token: Any) -> None:
+    wrapper = estimator()
+    for part in parts(0):
+        wrapper.update(*part, step=token)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60
+
+
+def test_step_that_comes_back_later_is_another_one() -> None:
+    wrapper = estimator(ema_decay=0.5)
+    for step in (0, 1, 0):
+        wrapper.update(mixture()[0], step=step)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
+
+
+def test_call_without_a_step_ends_the_step_before() -> None:
+    wrapper = estimator(ema_decay=0.5)
+    for step in (0, None, 0):
+        wrapper.update(mixture()[0], step=step)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
+
+
+@pytest.mark.parametrize("spell", ["stats", "none"])
+@kinds
+def test_log_step_records_all_rows_of_the_step(options: dict[str, Any], spell: str, tmp_path: Path) -> None:
+    with estimator(**options, log_dir=tmp_path, store_scores=True) as wrapper:
+        R = []
+        for step in range(3):
+            found = [wrapper.update(*part, step=step) for part in parts(step)]
+            wrapper.log_step(step=step, epoch=0, stats=found[-1] if spell == "stats" else None)
+            R.append(torch.cat([stats["R"] for stats in found]))
+    assert [torch.equal(entry["responsibilities"], rows) for entry, rows in zip(read_scores(tmp_path), R, strict=True)]
+    assert [len(entry["responsibilities"]) for entry in read_scores(tmp_path)] == [60] * 3
+
+
+def test_figures_of_a_step_are_nan_only_where_all_its_rows_are_ignored(tmp_path: Path) -> None:
+    bad = torch.full((5, 4), float("nan"))
+    with estimator(log_dir=tmp_path) as wrapper:
+        for step, batches in enumerate([[mixture()[0], bad], [bad, mixture()[0]], [bad, bad]]):
+            for batch in batches:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".* rows ignored")
+                    wrapper.update(batch, step=step)
+            wrapper.log_step(step=step, epoch=0)
+    assert np.isnan(read_log(tmp_path)["trace_B"]).tolist() == [False, False, True]
+
+
+def test_refused_part_leaves_the_step_as_it_was() -> None:
+    wrapper, expected = estimator(**LABELLED), estimator(**LABELLED)
+    first, _, last = parts(0)
+    for part in (first, last):
+        expected.update(*part, step=0)
+    wrapper.update(*first, step=0)
+    with pytest.raises(ValueError, match="labels"):
+        wrapper.update(last[0], last[1] + 7, step=0)
+    wrapper.update(*last, step=0)
+    assert all_bits(wrapper) == all_bits(expected)
+
+
+def test_active_step_is_that_of_every_call_inside() -> None:
+    wrapper, criterion = estimator(ema_decay=0.5), NTXentLoss()
+    z1, z2 = mixture(20, seed=1)[0], mixture(20, seed=2)[0]
+    for step in range(2):
+        with activate(wrapper, step=step):
+            criterion(z1, z2)
+            criterion(z2, z1)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 80 * 1.5
+
+
+def test_step_of_the_call_goes_over_that_of_the_context() -> None:
+    wrapper = estimator(ema_decay=0.5)
+    with activate(wrapper, step=0):
+        wrapper.update(mixture()[0])
+        wrapper.update(mixture()[0], step=1)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
+
+
+def test_loaded_state_begins_a_step_of_its_own() -> None:
+    wrapper = estimator(ema_decay=0.5)
+    wrapper.update(mixture()[0], step=0)
+    wrapper.load_state_dict(wrapper.state_dict())
+    wrapper.update(mixture()[0], step=0)
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_forward_pass_counts_once(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    wrapper, plain = estimator(ema_decay=0.5), estimator(ema_decay=0.5)
+    layer = torch.nn.Linear(4, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        z: Tensor = layer(x)
+        wrapper.update(z)
+        return z.square().sum()
+
+    for step in range(3):
+        x = mixture(seed=step)[0].requires_grad_()
+        plain.update(layer(x))
+        checkpoint(forward, x, use_reentrant=use_reentrant).backward()
+    assert bits(wrapper.state_dict()) == bits(plain.state_dict())
