@@ -186,6 +186,19 @@ def write_atomically(path: Path, data: bytes | memoryview, *, durable: bool = Fa
         raise
 
 
+def save_atomically(path: Path, value: object) -> None:
+    """Makes a file what `torch.load` reads `value` from, as `write_atomically` does, past a loss of power.
+
+    Args:
+        path: The file; its folder is made if need be.
+        value: Anything that `torch.save` takes.
+
+    Raises:
+        OSError: The file could not be written; it is as it was.
+    """
+    write_atomically(path, _serialised(value), durable=True)
+
+
 class _GrowingFile:
     """A file that grows by whole pieces, and opens itself where it has to.
 
@@ -259,7 +272,7 @@ def _entry(step: int, epoch: int, responsibilities: Tensor) -> ScoreEntry:
     return {"step": int(step), "epoch": int(epoch), "responsibilities": R.clone(memory_format=torch.contiguous_format)}
 
 
-def _serialised(value: ScoreEntry | list[ScoreEntry]) -> bytes:
+def _serialised(value: object) -> bytes:
     """Returns the bytes of `torch.save`, which told to write a file itself hides an OSError in a RuntimeError."""
     buffer = io.BytesIO()
     torch.save(value, buffer)

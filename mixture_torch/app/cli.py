@@ -1,7 +1,6 @@
 """The command line: from what a user typed to a configuration, a run folder, and a run."""
 
 import functools
-import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,17 +14,15 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from mixture_torch.app.demo import MIXTURE, DemoConfig, Job, check, prepare
+from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, find_run_folder, make_run_folder
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.readers import JOURNAL_FILE, LIST_FILE, LOG_FILE, SHARD_FOLDER
+from mixture_torch.readers import LOG_FILE
 from mixture_torch.writers import write_atomically
 
-DEFAULT_FOLDER = Path("runs/demo")
-CONFIG_FILE = "config.yaml"
 DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # where options stand, by the first key
-WRITTEN = (CONFIG_FILE, LOG_FILE, LIST_FILE, JOURNAL_FILE, SHARD_FOLDER)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which has no public name in typer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -64,6 +61,9 @@ def demo(
     batch_size: Annotated[int | None, typer.Option(help=f"Of all processes. [default: {DEFAULTS.batch_size}]")] = None,
     seed: Annotated[int | None, typer.Option(help=f"[default: {DEFAULTS.seed}]")] = None,
     device: Annotated[str | None, typer.Option(help=f"[default: {DEFAULTS.device}]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in `--out`, or with the newest in runs/.")
+    ] = False,
 ) -> None:
     """Trains a small SimCLR encoder on handwritten digits, with its mixture diagnostics written beside it.
 
@@ -72,66 +72,76 @@ def demo(
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "device": device}
     is_main = current_place().rank == 0
     with _one_line_errors():
-        settings, mixture = resolve(config, override or [], options)
+        folder = find_run_folder(out) if resume else None
+        own = [] if folder is None else [folder / CONFIG_FILE]
+        given = [] if config is None else [config]
+        settings, mixture = resolve([*own, *given], override or [], options)
+        if resume:
+            refuse_changes(to_mapping(*resolve(own, [], {})), to_mapping(settings, mixture))
         check(settings, mixture)
-        folder = make_run_folder(out) if is_main else None
-    if folder is not None:
-        document = yaml.safe_dump(to_mapping(settings, mixture), sort_keys=False)
-        write_atomically(folder / CONFIG_FILE, document.encode())
+        if is_main and folder is None:
+            folder = make_run_folder(out)
+            document = yaml.safe_dump(to_mapping(settings, mixture), sort_keys=False)
+            write_atomically(folder / CONFIG_FILE, document.encode())
     with process_group(pick_device(settings.device)):
-        job = prepare(settings, mixture, log_dir=folder)
-        with job.estimator:
-            _train(job, show_progress=is_main)
-        if folder is not None:
+        with _one_line_errors():
+            job = prepare(settings, mixture, log_dir=folder, resume=resume)
+        if is_main and resume:
+            verb = "goes on" if job.n_done < job.n_steps else "is complete"
+            typer.echo(f"The run in {folder} {verb}: {job.n_done} of {job.n_steps} steps are done.")
+        if job.n_done < job.n_steps:
+            with job.estimator:
+                _train(job, show_progress=is_main)
+        if is_main and folder:
             _tell(job, folder)
 
 
 def resolve(
-    config: Path | None, overrides: Iterable[str], options: Mapping[str, Any]
+    files: Iterable[Path], overrides: Iterable[str], options: Mapping[str, Any]
 ) -> tuple[DemoConfig, MixtureRuntimeConfig]:
-    """Returns the configuration of a run: the demo's own, under the file's, under `--set`, under the other options.
+    """Returns the configuration of a run: the demo's own, under the files', under `--set`, under the other options.
 
     Args:
-        config: A YAML file with the blocks `runtime: mixture:` and `demo:`, or either; all else in it is left alone.
+        files: YAML files, each over those before, with the blocks `runtime: mixture:` and `demo:`, or either; all else
+            in them is left alone.
         overrides: Each like `runtime.mixture.K=12`.
         options: Of the block `demo:`, None where not given.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: A file cannot be read.
         TypeError: A value is of the wrong type.
-        ValueError: The file is no YAML, a key is unknown, or a value is out of range.
+        ValueError: A file is no YAML, a key is unknown, or a value is out of range.
     """
-    layers: list[Mapping[str, Any]] = [to_mapping(DEFAULTS, MIXTURE)]
-    if config is not None:
-        layers.append(_read(config))
-    layers.extend(map(_parse_override, overrides))
-    layers.append({"demo": {key: value for key, value in options.items() if value is not None}})
+    given = {"demo": {key: value for key, value in options.items() if value is not None}}
+    layers = [to_mapping(DEFAULTS, MIXTURE), *map(_read, files), *map(_parse_override, overrides), given]
     merged = functools.reduce(_merge, layers)
     return _demo_config(merged["demo"]), MixtureRuntimeConfig.from_mapping(merged)
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: str = "") -> None:
+    """Makes sure that a run goes on with the configuration that it had, but for its device.
+
+    Args:
+        before: What it had, from `to_mapping`.
+        now: What it is to have, with the same keys.
+        block: Where in the configuration they stand.
+
+    Raises:
+        ValueError: An option is another.
+    """
+    for key, value in before.items():
+        if isinstance(value, Mapping):
+            refuse_changes(value, now[key], block=f"{block}{key}.")
+        elif key != "device" and value != now[key]:
+            raise ValueError(
+                f"`{block}{key}` must stay {value!r} where a run goes on, got {now[key]!r}; leave it out, or start "
+                "another run without `--resume`."
+            )
 
 
 def to_mapping(settings: DemoConfig, mixture: MixtureRuntimeConfig) -> dict[str, Any]:
     """Returns the configuration as `resolve` reads it from a file."""
     return {"runtime": {"mixture": attrs.asdict(mixture)}, "demo": attrs.asdict(settings)}
-
-
-def make_run_folder(out: Path | None) -> Path:
-    """Returns a folder, which is there now, without anything that a run writes.
-
-    Args:
-        out: The folder; None is the first of runs/demo, runs/demo-2, ... that is not there yet.
-
-    Raises:
-        OSError: The folder cannot be made.
-        ValueError: It holds a run already.
-    """
-    if out is None:
-        numbered = (DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{n}") for n in itertools.count(2))
-        out = next(folder for folder in itertools.chain([DEFAULT_FOLDER], numbered) if not folder.exists())
-    out.mkdir(parents=True, exist_ok=True)
-    if taken := [name for name in WRITTEN if (out / name).exists()]:
-        raise ValueError(f"`--out` must be a folder without a run, got `{out}` with `{taken[0]}`; choose another.")
-    return out
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -194,7 +204,7 @@ def _complain(message: str) -> None:
 def _train(job: Job, *, show_progress: bool) -> None:
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        bar = progress.add_task("SimCLR on digits", total=job.n_steps, loss="")
+        bar = progress.add_task("SimCLR on digits", total=job.n_steps, completed=job.n_done, loss="")
         for done in job.steps:
             progress.update(bar, advance=1, loss=f"loss {float(done.loss):.3f}")
 

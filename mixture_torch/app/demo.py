@@ -12,8 +12,19 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from mixture_core.config import as_integer, integer
+from mixture_torch.app.folders import CHECKPOINT_FILE
 from mixture_torch.app.report import Report, summarise
-from mixture_torch.app.training import Batch, Place, TrainingStep, current_place, pick_device, synchronised, train
+from mixture_torch.app.training import (
+    BEGINNING,
+    Batch,
+    Place,
+    TrainingStep,
+    current_place,
+    pick_device,
+    restore,
+    synchronised,
+    train,
+)
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.estimator import MixtureStats
 from mixture_torch.losses import NTXentLoss
@@ -63,7 +74,8 @@ class Job:
     estimator: MixtureStats
     images: Tensor  # (1797, 1, 8, 8) in [0, 1]
     digits: Tensor  # (1797,) int64
-    n_steps: int
+    n_steps: int  # of the whole run
+    n_done: int  # of these, taken before, by the processes that this run goes on from
     steps: Iterator[TrainingStep]
 
     def embeddings(self) -> Tensor:
@@ -74,13 +86,15 @@ class Job:
             return functional.normalize(self.encoder(self.images), dim=1)
 
     def report(self) -> Report:
-        """Returns how the mixture of the last step divides the digits.
+        """Returns how the mixture divides the digits.
 
         Raises:
             ValueError: There has been no step.
         """
-        R = self.estimator.assign(self.embeddings(), self.digits)
-        return summarise(self.estimator.stats, R, self.digits)
+        state = self.estimator.state
+        if state is None:
+            raise ValueError("`report` must come after a step, got no mixture to report.")
+        return summarise(state.moments, self.estimator.assign(self.embeddings(), self.digits), self.digits)
 
 
 def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
@@ -101,7 +115,9 @@ def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
     pick_device(demo.device)
 
 
-def prepare(demo: DemoConfig, mixture: MixtureRuntimeConfig, *, log_dir: Path | None = None) -> Job:
+def prepare(
+    demo: DemoConfig, mixture: MixtureRuntimeConfig, *, log_dir: Path | None = None, resume: bool = False
+) -> Job:
     """Returns the whole run, with not a step taken.
 
     Every random number comes from a generator of its own, so that a run is repeated by its configuration and is bit for
@@ -112,23 +128,43 @@ def prepare(demo: DemoConfig, mixture: MixtureRuntimeConfig, *, log_dir: Path | 
         demo: What to train.
         mixture: What to keep of it.
         log_dir: The run folder; None writes nothing.
+        resume: Go on with the run of this configuration in that folder, if there is one, from its last checkpoint.
+
+    Raises:
+        OSError: The checkpoint cannot be read.
+        ValueError: It is no checkpoint of this run.
     """
     device, place = pick_device(demo.device), current_place()
     images, digits = load_images(device)
     encoder = make_encoder(seed=demo.seed).to(device)
-    model = synchronised(encoder)
-    n_steps = demo.epochs * (len(images) // _global_batch(demo, place))
+    model, is_main = synchronised(encoder), place.rank == 0
+    n_batches = len(images) // _global_batch(demo, place)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    estimator = MixtureStats.from_config(mixture, log_dir=log_dir, is_main=place.rank == 0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=demo.epochs * n_batches)
+    estimator = MixtureStats.from_config(mixture, log_dir=log_dir, is_main=is_main)
+    checkpoint = None if log_dir is None else log_dir / CHECKPOINT_FILE
+    start = BEGINNING
+    if checkpoint is not None and resume:
+        start = restore(checkpoint, model=model, optimizer=optimizer, schedule=schedule, estimator=estimator)
     steps = train(
         model,
         epochs_of_views(images, digits, demo, place),
         loss=NTXentLoss(TEMPERATURE),
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_steps),
+        schedule=schedule,
         estimator=estimator,
+        checkpoint=checkpoint if is_main else None,
+        start=start,
     )
-    return Job(encoder=encoder, estimator=estimator, images=images, digits=digits, n_steps=n_steps, steps=steps)
+    return Job(
+        encoder=encoder,
+        estimator=estimator,
+        images=images,
+        digits=digits,
+        n_steps=start.step + (demo.epochs - start.epoch) * n_batches,  # there may have been another number of ranks
+        n_done=start.step,
+        steps=steps,
+    )
 
 
 def load_images(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """What a run comes to: how the mixture of the embeddings divides the digits, as a record and as a table."""
 
-from collections.abc import Mapping
-
 import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
+
+from mixture_core import Moments
 
 
 @attrs.frozen(kw_only=True)
@@ -32,19 +32,19 @@ class Report:
     participation_ratio: float  # directions in use
 
 
-def summarise(stats: Mapping[str, Tensor], R: Tensor, labels: Tensor) -> Report:
+def summarise(moments: Moments, R: Tensor, labels: Tensor) -> Report:
     """Returns how a mixture divides labelled samples.
 
     Args:
-        stats: The mixture, as `MixtureStats.update` returns it.
+        moments: The mixture.
         R: (N, K) whose the samples are; a sample belongs to its largest responsibility.
         labels: (N,) integers, at least 0, what the samples truly are.
     """
     assigned = R.argmax(dim=1)
     counts = torch.zeros(R.shape[1], int(labels.max()) + 1, dtype=torch.int64, device=R.device)
     counts.index_put_((assigned, labels), torch.ones_like(labels), accumulate=True)
-    pi, trace_B = stats["pi"], stats["trace_B"]
-    traces = stats["Sigma"].diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    pi, trace_B = moments.pi, moments.trace_B
+    traces = moments.Sigma.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     within = (pi * traces).sum()
     components = tuple(map(_component, pi.tolist(), traces.tolist(), counts.tolist()))
     purities = [component.purity for component in components if component.n_samples]
@@ -53,7 +53,7 @@ def summarise(stats: Mapping[str, Tensor], R: Tensor, labels: Tensor) -> Report:
         mean_purity=sum(purities) / len(purities),
         mutual_information=float(normalized_mutual_info_score(labels.cpu(), assigned.cpu())),
         between_share=float(trace_B / (within + trace_B)),
-        participation_ratio=float(stats["participation_ratio"]),
+        participation_ratio=float(moments.participation_ratio),
     )
 
 

@@ -1,9 +1,12 @@
 """A contrastive training loop that keeps the mixture of what it trains, on one process or on several."""
 
+import inspect
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mixture_torch.context import activate
 from mixture_torch.estimator import MixtureStats
+from mixture_torch.writers import save_atomically
 
 
 class Batch(NamedTuple):
@@ -32,6 +36,16 @@ class TrainingStep(NamedTuple):
     loss: Tensor  # () of this rank's batch, before the step
 
 
+class Start(NamedTuple):
+    """Where a run begins, or goes on."""
+
+    epoch: int  # how many are done
+    step: int  # how many are done
+
+
+BEGINNING = Start(epoch=0, step=0)
+
+
 class ContrastiveLoss(Protocol):
     """A loss on two views that feeds the active estimator, such as `NTXentLoss`."""
 
@@ -47,20 +61,30 @@ def train(
     optimizer: Optimizer,
     schedule: LRScheduler,
     estimator: MixtureStats,
+    checkpoint: Path | None = None,
+    start: Start = BEGINNING,
 ) -> Iterator[TrainingStep]:
     """Yields each step after it has been taken and logged; nothing happens unless the caller asks for the next.
 
+    A run that is ended at any instant, and goes on in another process from what `restore` returns, ends as the same to
+    the bit, if it has as many ranks as before.
+
     Args:
         model: From views to embeddings (N, D); trained in place.
-        epochs: The batches of each epoch.
+        epochs: The batches of each epoch, the first one's too where a run goes on.
         loss: Of the embeddings of both views.
         optimizer: Of the model's parameters.
         schedule: Of the optimizer's learning rate, one move per step.
         estimator: Active during the loss alone, so that nothing else the caller computes between steps is counted.
+        checkpoint: File to go on from, written after each epoch; None writes none, as on all ranks but the main one.
+        start: From `restore`.
     """
     model.train()
-    step = 0
+    step = start.step
     for epoch, batches in enumerate(epochs):
+        if epoch < start.epoch:
+            deque(batches, maxlen=0)  # drawn all the same, so that random numbers go on where they were
+            continue
         for batch in batches:
             # One pass for both views: under DDP a second would change the buffers that the first still needs.
             z1, z2 = model(torch.cat([batch.first, batch.second])).chunk(2)
@@ -73,6 +97,58 @@ def train(
             estimator.log_step(step=step, epoch=epoch)
             yield TrainingStep(step, epoch, value.detach())
             step += 1
+        estimator.flush()  # first: what a checkpoint says is done has to be on the disk
+        if checkpoint is not None:
+            parts = _parts(model, optimizer, schedule, estimator)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_atomically(checkpoint, {**states, "epoch": epoch + 1, "step": step})
+
+
+def restore(
+    checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, estimator: MixtureStats
+) -> Start:
+    """Returns where a run goes on, with all its parts as they were there: the beginning if there is no checkpoint yet.
+
+    Args:
+        checkpoint: The file that `train` writes, perhaps on other devices or on another number of ranks.
+        model: As `train` will take it; likewise the others.
+        optimizer: Of the model's parameters.
+        schedule: Of the optimizer's learning rate.
+        estimator: Its log goes on from there too.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no checkpoint of these parts, some of which may have been changed.
+    """
+    if not checkpoint.exists():
+        estimator.load_state_dict(estimator.state_dict())  # what is logged already is logged anew
+        return BEGINNING
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for name, part in _parts(model, optimizer, schedule, estimator).items():
+            part.load_state_dict(saved[name])
+        return Start(epoch=saved["epoch"], step=saved["step"])
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises whatever comes up while it parses foreign bytes
+        raise ValueError(
+            f"`{checkpoint}` must be a checkpoint of this run, got something else; "
+            "move the file away to start the run anew."
+        ) from error
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+def _parts(
+    model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, estimator: MixtureStats
+) -> dict[str, _Stateful]:
+    """What a checkpoint consists of, the model as it is on one process, so that it can go on on any number."""
+    alone = model.module if isinstance(model, DistributedDataParallel) else model
+    return {"model": alone, "optimizer": optimizer, "schedule": schedule, "mixture": estimator}
 
 
 class Place(NamedTuple):
@@ -132,4 +208,11 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 def synchronised(model: nn.Module) -> nn.Module:
     """Returns the model with its gradients averaged over the process group, or the model itself outside of one."""
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    # A bucket for each parameter from the first step on. Torch sums all in one bucket there and deals them out anew
+    # later; with three ranks or more that is another order of summation, and a run that goes on would show it. Before
+    # torch 2.13 there is no such option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"bucket_cap_mb_list": [0]} if "bucket_cap_mb_list" in known else {}
+    return DistributedDataParallel(model, **options)

@@ -82,7 +82,7 @@ def test_config_of_a_run_is_read_by_the_library_too() -> None:
 
 def test_disabled_demo_trains_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert demo("--set", "runtime.mixture.enabled=false", "--out", "run") == 0
-    assert [path.name for path in Path("run").iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in Path("run").iterdir()) == ["checkpoint.pt", "config.yaml"]
     (line,) = capsys.readouterr().out.splitlines()
     assert "off" in line
 
@@ -203,7 +203,8 @@ def test_demo_on_two_processes_leaves_one_log(cross_rank: str) -> None:
     override = ["--set", f"runtime.mixture.cross_rank={cross_rank}", "--set", "runtime.mixture.store_scores=true"]
     command = [*torchrun, "-m", "mixture_torch", "demo", *BRIEF, *override, "--out", "run"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert sorted(path.name for path in Path("run").iterdir()) == ["config.yaml", "mixture.csv", "mixture_scores.pt"]
+    files = ["checkpoint.pt", "config.yaml", "mixture.csv", "mixture_scores.pt"]
+    assert sorted(path.name for path in Path("run").iterdir()) == files
     assert read_log("run")["step"].tolist() == list(range(BRIEF_STEPS))
     rows_per_step = 256 if cross_rank == "true" else 128
     assert {len(entry["responsibilities"]) for entry in read_scores("run")} == {rows_per_step}
@@ -214,7 +215,7 @@ def test_report_counts_what_a_component_was_assigned() -> None:
     labels = torch.tensor([3, 3, 1, 1, 1, 3])
     R = torch.eye(3)[[0, 0, 0, 2, 2, 2]]
     x = torch.arange(12.0).view(6, 2)
-    first, empty, last = summarise(_stats(x, R), R, labels).components
+    first, empty, last = summarise(batch_moments(x, R), R, labels).components
     assert (first.n_samples, first.label, first.purity) == (3, 3, pytest.approx(2 / 3))
     assert (empty.n_samples, empty.label) == (0, None)
     assert (last.n_samples, last.label, last.purity) == (3, 1, pytest.approx(2 / 3))
@@ -223,15 +224,10 @@ def test_report_counts_what_a_component_was_assigned() -> None:
 def test_report_shares_variance_between_and_within() -> None:
     x = torch.tensor([[0.0], [2.0], [10.0], [12.0]])  # variance 1 within either pair, 25 between them
     R = torch.eye(2)[[0, 0, 1, 1]]
-    report = summarise(_stats(x, R), R, torch.tensor([0, 0, 1, 1]))
+    report = summarise(batch_moments(x, R), R, torch.tensor([0, 0, 1, 1]))
     assert report.between_share == pytest.approx(25 / 26)
     assert report.mutual_information == pytest.approx(1.0)
     assert report.mean_purity == 1.0
-
-
-def _stats(x: Tensor, R: Tensor) -> dict[str, Tensor]:
-    moments = batch_moments(x, R)
-    return {name: getattr(moments, name) for name in ("pi", "Sigma", "trace_B", "participation_ratio")}
 
 
 class FullRun(NamedTuple):

@@ -1,0 +1,272 @@
+"""A run of the demo that is killed and goes on ends as if nothing had been."""
+
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from mixture_torch import read_log
+from mixture_torch.__main__ import main
+from mixture_torch.app.demo import MIXTURE, DemoConfig, prepare
+from tests.wrapper.killed import run_until
+from tests.wrapper.samples import contents
+
+BRIEF = ("--epochs", "2", "--batch-size", "128", "--device", "cpu")
+EPOCH = 1797 // 128
+STEPS = 2 * EPOCH
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+# The calls, one after another in processes that go on with the run, before which each is killed.
+KILLS: dict[str, list[tuple[str, int]]] = {
+    "before any checkpoint": [("log_step", 6)],
+    "inside the first checkpoint": [("replace", 2)],  # the first replaces config.yaml
+    "right after a checkpoint": [("log_step", EPOCH + 1)],
+    "in the second epoch": [("log_step", EPOCH + 6)],
+    "inside the last checkpoint": [("replace", 3)],
+    "three times": [("log_step", 6), ("log_step", EPOCH + 2), ("log_step", 3)],
+}
+kills = pytest.mark.parametrize("name", KILLS)
+
+
+class Ended(NamedTuple):
+    """What a run leaves behind."""
+
+    log: bytes
+    checkpoint: list[Any]  # its values, to the bit
+    table: list[str]  # what was printed, without lines about the run's folder
+
+
+def demo(*arguments: str) -> tuple[int, str]:
+    """The exit code of the command, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return main(["demo", *arguments]), out.getvalue()
+
+
+def leaves(checkpoint: Path) -> list[Any]:
+    """All values of a checkpoint as something that == compares to the bit."""
+    values, structure = tree_flatten(torch.load(checkpoint))
+    return [structure, *(value.numpy().tobytes() if isinstance(value, Tensor) else value for value in values)]
+
+
+def ended(folder: Path, out: str) -> Ended:
+    table = [line for line in out.splitlines() if str(folder) not in line]
+    return Ended((folder / "mixture.csv").read_bytes(), leaves(folder / "checkpoint.pt"), table)
+
+
+def kill(folder: Path, *instants: tuple[str, int], options: tuple[str, ...] = ()) -> None:
+    """Begins a run, and goes on with it, in processes that are killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mixture_torch.app.cli"])
+    arguments = [*BRIEF, *options, "--out", str(folder)]
+    for number, instant in enumerate(instants):
+        command = ["demo", *arguments, *(["--resume"] if number else [])]
+        process = context.Process(target=run_until, args=(*instant, command))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, out = demo(*BRIEF, "--out", str(folder))
+    assert code == 0
+    return ended(folder, out)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def killed_and_resumed(name: str) -> Ended:
+        folder = tmp_path_factory.mktemp("killed")
+        kill(folder, *KILLS[name])
+        code, out = demo("--resume", "--out", str(folder))
+        assert code == 0
+        return ended(folder, out)
+
+    return killed_and_resumed
+
+
+@kills
+def test_resumed_run_ends_with_the_same_weights(name: str, resumed: Any, uninterrupted: Ended) -> None:
+    assert resumed(name).checkpoint == uninterrupted.checkpoint
+
+
+@kills
+def test_resumed_run_ends_with_the_same_log(name: str, resumed: Any, uninterrupted: Ended) -> None:
+    assert resumed(name).log == uninterrupted.log
+
+
+@kills
+def test_resumed_run_ends_with_the_same_table(name: str, resumed: Any, uninterrupted: Ended) -> None:
+    assert resumed(name).table == uninterrupted.table
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is complete, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("complete")
+    assert demo(*BRIEF, "--out", str(folder))[0] == 0
+    return folder
+
+
+def test_resuming_a_complete_run_changes_nothing(complete: Path) -> None:
+    before = contents(complete)
+    assert demo("--resume", "--out", str(complete))[0] == 0
+    assert contents(complete) == before
+
+
+def test_resuming_a_complete_run_says_so_and_shows_its_table(complete: Path, uninterrupted: Ended) -> None:
+    first, *rest = demo("--resume", "--out", str(complete))[1].splitlines()
+    assert "is complete" in first
+    assert [line for line in rest if str(complete) not in line] == uninterrupted.table
+
+
+@pytest.mark.parametrize("mixture", [{}, {"mode": "per_batch"}, {"mode": "label_supervised"}, {"K": 1000}], ids=str)
+def test_report_of_a_resumed_run_is_that_of_its_last_step(mixture: dict[str, Any], tmp_path: Path) -> None:
+    demo_config = DemoConfig(epochs=1, device="cpu")
+    configs = demo_config, attrs.evolve(MIXTURE, **mixture)
+    job = prepare(*configs, log_dir=tmp_path)
+    for _ in job.steps:
+        pass
+    assert repr(prepare(*configs, log_dir=tmp_path, resume=True).report()) == repr(job.report())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "3"], "`demo.epochs` must stay 2 where a run goes on, got 3"),
+        (["--batch-size", "64"], "`demo.batch_size` must stay 128"),
+        (["--seed", "1"], "`demo.seed` must stay 0"),
+        (["--set", "runtime.mixture.K=12"], "`runtime.mixture.K` must stay 10 where a run goes on, got 12"),
+        (["--config", "other.yaml"], "`runtime.mixture.ema_decay` must stay 0.9"),
+        (["--config", "torn.yaml"], "torn.yaml"),
+        (["--device", "abacus"], "`device` must be"),
+        (["--out", "nowhere"], "`--out` must be the folder of a run to resume, got `nowhere` without `config.yaml`"),
+        (["--out", "empty"], "got `empty` without `config.yaml`"),
+        (["--out", "damaged"], "`damaged/checkpoint.pt` must be a checkpoint of this run"),
+        (["--out", "foreign"], "`foreign/checkpoint.pt` must be a checkpoint of this run"),
+        (["--out", "misshapen"], "`misshapen/checkpoint.pt` must be a checkpoint of this run"),
+    ],
+)
+def test_resuming_what_cannot_be_is_one_line_and_changes_nothing(
+    arguments: list[str],
+    said: str,
+    complete: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text("runtime: {mixture: {ema_decay: 0.5}}")
+    Path("torn.yaml").write_text("runtime: {mixture: [")
+    Path("empty").mkdir()
+    for name in ("damaged", "foreign", "misshapen"):
+        shutil.copytree(complete, name)
+    Path("damaged/checkpoint.pt").write_bytes(Path("damaged/checkpoint.pt").read_bytes()[:1000])
+    torch.save({"loss": 1.0}, "foreign/checkpoint.pt")
+    checkpoint = torch.load("misshapen/checkpoint.pt")
+    torch.save(checkpoint | {"model": {"1.weight": torch.zeros(2, 2)}}, "misshapen/checkpoint.pt")
+    before = contents(complete), contents(tmp_path)
+    out = [] if "--out" in arguments else ["--out", str(complete)]
+    assert main(["demo", "--resume", *out, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert (contents(complete), contents(tmp_path)) == before
+
+
+def test_resuming_takes_the_options_that_the_run_has(complete: Path) -> None:
+    options = [*BRIEF, "--set", "runtime.mixture.K=10", "--config", str(complete / "config.yaml")]
+    assert demo("--resume", "--out", str(complete), *options)[0] == 0
+
+
+def test_resuming_takes_another_device(complete: Path) -> None:
+    assert demo("--resume", "--out", str(complete), "--device", "auto")[0] == 0
+
+
+def test_resuming_without_a_folder_takes_the_run_that_began_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [demo(*BRIEF)[0] for _ in range(2)] == [0, 0]
+    assert demo(*BRIEF, "--out", "runs/demo-of-mine")[0] == 0
+    assert demo("--resume")[1].startswith("The run in runs/demo-2 is complete")
+
+
+def test_resuming_without_any_run_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo("--resume")[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "`--resume` must find a run in `runs/demo`, got none" in line
+    assert not contents(tmp_path)
+
+
+def test_disabled_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    off = ("--set", "runtime.mixture.enabled=false")
+    assert demo(*BRIEF, *off, "--out", str(tmp_path / "whole"))[0] == 0
+    kill(tmp_path / "killed", ("log_step", EPOCH + 6), options=off)
+    assert demo("--resume", "--out", str(tmp_path / "killed"))[0] == 0
+    whole, resumed = (leaves(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    assert resumed == whole
+
+
+def test_run_of_one_process_goes_on_with_two(tmp_path: Path) -> None:
+    kill(tmp_path, ("log_step", EPOCH + 1))
+    command = [*TORCHRUN, "2", "-m", "mixture_torch", "demo", "--resume", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert read_log(tmp_path)["step"].tolist() == list(range(STEPS))
+    assert result.stdout.count("goes on: 14 of 28 steps are done") == 1
+    assert result.stdout.count("participation ratio") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_run_of_many_processes_ends_with_the_same_weights_and_log(world: int, tmp_path: Path) -> None:
+    def run(name: str, program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*TORCHRUN, str(world), "-m", *program, "demo", *arguments, "--out", str(tmp_path / name)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    cross_rank = ("--set", "runtime.mixture.cross_rank=true")
+    whole = run("whole", ["mixture_torch"], *BRIEF, *cross_rank)
+    killed = run("killed", ["tests.wrapper.killed", "log_step", str(EPOCH + 6)], *BRIEF, *cross_rank)
+    assert killed.returncode != 0
+    resumed = run("killed", ["mixture_torch"], "--resume")
+    assert resumed.returncode == whole.returncode == 0
+    assert ended(tmp_path / "killed", resumed.stdout) == ended(tmp_path / "whole", whole.stdout)
+
+
+@pytest.mark.slow
+def test_run_that_is_killed_at_any_time_ends_with_the_same_weights_and_log(tmp_path: Path) -> None:
+    chance, size = random.Random(0), ("--epochs", "40", "--device", "cpu")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as here: sums of two threads differ from those of one
+    command = [sys.executable, "-m", "mixture_torch", "demo", *size, "--out", str(tmp_path / "killed")]
+    finished = False
+    while not finished:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            out, _ = process.communicate(timeout=chance.uniform(4, 6))
+            finished = True
+        if not finished:
+            process.kill()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+            command += ["--resume"] * (len(contents(tmp_path / "killed")) > 0 and "--resume" not in command)
+    code, expected = demo(*size, "--out", str(tmp_path / "whole"))
+    assert process.returncode == code == 0
+    assert ended(tmp_path / "killed", out) == ended(tmp_path / "whole", expected)
