@@ -2,7 +2,7 @@
 
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixture_core.config import as_integer
 
@@ -49,10 +49,6 @@ class activate(ContextDecorator):
             raise RuntimeError("`activate` must end in the thread that it began in, got the end of none from here.")
         own = max(place for place, other in enumerate(entered) if other is self)
         _entered.set(entered[:own] + entered[own + 1 :])
-
-
-def active_step(estimator: "MixtureStats") -> Any:
-    return None
 
 
 def active_estimator() -> "MixtureStats | None":

@@ -88,7 +88,7 @@ def train(
         for batch in batches:
             # One pass for both views: under DDP a second would change the buffers that the first still needs.
             z1, z2 = model(torch.cat([batch.first, batch.second])).chunk(2)
-            with activate(estimator):
+            with activate(estimator, step=step):
                 value = loss(z1, z2, batch.labels)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
