@@ -29,9 +29,7 @@ class activate(ContextDecorator):
         if estimator is not None and not callable(getattr(estimator, "update", None)):
             raise TypeError(f"`estimator` must be a MixtureStats or None, got {estimator!r}.")
         self.estimator = estimator
-        self.step = step if step is None or isinstance(step, str) else as_integer(step)
-        if isinstance(step, bool) or not isinstance(self.step, (int, str, type(None))):
-            raise TypeError(f"`step` must be an integer, a text or None, got {step!r}.")
+        self.step = as_step(step)
 
     def __enter__(self) -> "MixtureStats | None":
         """Returns the estimator."""
@@ -49,6 +47,19 @@ class activate(ContextDecorator):
             raise RuntimeError("`activate` must end in the thread that it began in, got the end of none from here.")
         own = max(place for place, other in enumerate(entered) if other is self)
         _entered.set(entered[:own] + entered[own + 1 :])
+
+
+def as_step(step: int | str | None) -> int | str | None:
+    """Returns what tells a step from others, NumPy's integers as an int.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if step is None or isinstance(step, str):
+        return step
+    if isinstance(number := as_integer(step), bool) or not isinstance(number, int):
+        raise TypeError(f"`step` must be an integer, a text or None, got {step!r}.")
+    return number
 
 
 def active_estimator() -> "MixtureStats | None":

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from mixture_torch.accumulator import Accumulator, Updated, ignored, to_device
 from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
 from mixture_torch.checkpoint import Standing, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.context import active_step
+from mixture_torch.context import active_step, as_step
 from mixture_torch.precision import full_float32
 from mixture_torch.recorder import Recorder, Report
 
@@ -159,7 +159,7 @@ class MixtureStats:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has not annotated it
     def update(
-        self, embeddings: Tensor, labels: Tensor | None = None, *, step: Hashable | None = None
+        self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None
     ) -> Mapping[str, Tensor]:
         """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
 
@@ -172,7 +172,7 @@ class MixtureStats:
                 with NaN or Inf are ignored and counted.
             labels: (N,) integers in [0, K), or -1 or -100 where a row is to be ignored; only looked at where
                 responsibilities come from labels.
-            step: Of the training, or anything else that tells steps apart. Calls with the same one, as gradient
+            step: Of the training, a number or a text that tells it from others. Calls with the same one, as gradient
                 accumulation or several losses make them, bring parts of one batch: nothing decays in between. None is
                 that of the `activate` around the call, or else a step of its own.
 
@@ -186,7 +186,7 @@ class MixtureStats:
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
         self._settle(but=0 if self._config.cross_rank == "reduce" else 1)  # before others are left waiting
-        token = active_step(self) if step is None else step
+        token = active_step(self) if step is None else as_step(step)
         try:
             updated = self._accumulator.update(embeddings, labels, token=token)
         except (MemoryError, RuntimeError) as error:

@@ -189,3 +189,19 @@ def test_checkpointed_forward_pass_counts_once(use_reentrant: bool) -> None:
         plain.update(layer(x))
         checkpoint(forward, x, use_reentrant=use_reentrant).backward()
     assert bits(wrapper.state_dict()) == bits(plain.state_dict())
+
+
+@pytest.mark.parametrize("step", [1.5, True, [1], torch.tensor(1)])
+def test_step_of_another_type_is_refused(step: Any) -> None:
+    wrapper = estimator()
+    with pytest.raises(TypeError, match=r"^`step` must be an integer, a text or None, got "):
+        wrapper.update(mixture()[0], step=step)
+    assert wrapper.state is None
+
+
+def test_steps_of_numpy_are_numbers() -> None:
+    wrapper = estimator()
+    for step in (np.int64(3), 3):
+        wrapper.update(mixture()[0], step=step)  # type: ignore[arg-type]
+    assert wrapper.state is not None
+    assert float(wrapper.state.moments.weight.sum()) == 120
