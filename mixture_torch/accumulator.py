@@ -1,6 +1,7 @@
 """The mixture that an estimator keeps from update to update, on one rank or on several."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,13 +64,14 @@ class Accumulator:
         self._token: object = None  # of the step that is under way
         self._early: list[Batch] = []  # its batches that came before there were enough rows to start from
 
-    def update(self, embeddings: Any, labels: Any, *, token: object) -> Updated:
+    def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None = None) -> Updated:
         """Returns what comes of one more batch; of one more part of the last one, where it has the same token.
 
         Args:
             embeddings: (N, D), tensor or NumPy array.
             labels: (N,) integers; only looked at where responsibilities come from labels.
             token: Which step it belongs to; None is one of its own.
+            problem: Why there is no batch on this rank, if other ranks have to be told.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -79,7 +81,8 @@ class Accumulator:
         updated = None if continues else self._replay(embeddings)
         if updated is None:
             with full_float32(embeddings):
-                updated = self._update(embeddings, labels, continues=continues)
+                own = partial(self._receive, embeddings, labels, problem)
+                updated = self._update(own, continues=continues)
         self._token = token
         return updated
 
@@ -110,10 +113,14 @@ class Accumulator:
         step = self._graphs.replay(state, embeddings, None, work)
         return None if step is None else self._commit(Start(state), step.state, step.stats, Rows(N), step.report)
 
-    def _update(self, embeddings: Any, labels: Any, *, continues: bool) -> Updated:
+    def _receive(self, embeddings: Any, labels: Any, problem: Exception | None) -> Batch:
+        if problem is not None:
+            raise problem
+        return receive(self._config, embeddings, labels, D=self.standing.D or self._config.dim)
+
+    def _update(self, own: Callable[[], Batch], *, continues: bool) -> Updated:
         config, (state, waiting) = self._config, self.standing
         ranks = other_ranks(self._group) if config.cross_rank else None
-        own = partial(receive, config, embeddings, labels, D=self.standing.D or config.dim)
         if ranks is None:
             return self._take(own(), None, continues=continues)
         n_waiting = None if waiting is None else len(waiting)

@@ -80,7 +80,7 @@ def exchange(
         ValueError: Ranks differ in D, options or state.
     """
     reduces = config.cross_rank == "reduce"
-    waits = not reduces or like is None or not ranks.on_gpu
+    waits = not reduces or like is None or not ranks.on_gpu or config.strict
     fault: Exception | None = None
     try:
         batch = own()

@@ -185,10 +185,16 @@ class MixtureStats:
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
-        self._settle(but=0 if self._config.cross_rank == "reduce" else 1)  # before others are left waiting
-        token = active_step(self) if step is None else as_step(step)
+        problem: Exception | None = None
         try:
-            updated = self._accumulator.update(embeddings, labels, token=token)
+            self._settle(but=0 if self._config.cross_rank == "reduce" else 1)  # before others are left waiting
+            step = active_step(self) if step is None else as_step(step)
+        except (OSError, TypeError) as error:
+            if not self._config.cross_rank:
+                raise
+            problem = error  # of this rank alone: the others have to hear of it
+        try:
+            updated = self._accumulator.update(embeddings, labels, token=step, problem=problem)
         except (MemoryError, RuntimeError) as error:
             if self._config.strict or not is_out_of_memory(error):
                 raise
