@@ -1,20 +1,18 @@
-"""Every file that the wrapper writes. What is in the files is said in `readers`.
+"""Every file of a run. What is in the files is said in `readers`, how they get to the disk in `disk`.
 
-There are two ways to write, and neither leaves half of anything: files that grow take a row or a record whole and hand
-it to the operating system before `append` returns; other files appear under their name when they are complete. Writers
-make nothing, not even the folder, before the first `append`, and may be used again after `close`.
+Writers make nothing, not even the folder, before the first `append`, and may be used again after `close`.
 """
 
 import io
-import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mixture_torch.disk import GrowingFile, Whole, write_atomically
 from mixture_torch.readers import (
     JOURNAL_FILE,
     JOURNAL_HEADER,
@@ -42,7 +40,7 @@ class CsvWriter:
 
     def __init__(self, log_dir: str | Path) -> None:
         path = Path(log_dir).absolute() / LOG_FILE  # absolute: the working directory may change before a write
-        self._file = _GrowingFile(path, whole=lambda: len(read_whole_lines(path)), header=lambda: LOG_HEADER)
+        self._file = GrowingFile(path, whole=lambda: _whole(path, len(read_whole_lines(path))), header=LOG_HEADER)
 
     def append(self, step: int, epoch: int, K: int, figures: Sequence[float]) -> None:
         """Writes one row, which is in the file on return.
@@ -82,7 +80,7 @@ class AppendScores:
         self._folder = Path(log_dir).absolute()
         self._listed: int | None = None  # entries in the list right after a flush, so that nobody has to look
         path = self._folder / JOURNAL_FILE
-        self._journal = _GrowingFile(path, whole=lambda: read_journal(path).size, header=self._header)
+        self._journal = GrowingFile(path, whole=lambda: _whole(path, read_journal(path).size))
 
     def append(self, step: int, epoch: int, responsibilities: Tensor) -> None:
         """Writes one entry into the journal, where `read_scores` finds it from now on.
@@ -97,7 +95,20 @@ class AppendScores:
             OSError: The entry could not be written; the files are as they were.
         """
         payload = _serialised(_entry(step, epoch, responsibilities))
-        self._journal.append(JOURNAL_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+        self.open()
+        header = b"" if self._journal.end else self._header()
+        self._journal.append(header + JOURNAL_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+
+    def open(self) -> None:
+        """Opens the files, unless they are open.
+
+        Raises:
+            ValueError: `mixture_scores.pt` or the journal is not ours; it is left as it is.
+            OSError: They could not be opened.
+        """
+        if self._listed is None and not self._journal.path.exists():
+            self._listed = len(read_list(self._folder / LIST_FILE))
+        self._journal.open()
 
     def flush(self) -> None:
         """Moves the journal's entries, a killed predecessor's included, into `mixture_scores.pt`.
@@ -161,96 +172,8 @@ class PerStepScores:
         """Does nothing: no file stays open."""
 
 
-def write_atomically(path: Path, data: bytes | memoryview, *, durable: bool = False) -> None:
-    """Makes `data` the content of a file, which at no instant is missing, if it was there, or incomplete.
-
-    Args:
-        path: The file; its folder is made if need be.
-        data: The whole content.
-        durable: Outlast a loss of power too, for some milliseconds.
-
-    Raises:
-        OSError: The file could not be written; it is as it was, and no temporary file is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # always the same, so that those of killed processes do not pile up
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-class _GrowingFile:
-    """A file that grows by whole pieces, and opens itself where it has to.
-
-    Args:
-        path: The file; its folder is made if need be.
-        whole: Returns how many bytes of the existing file are whole, or raises where it is not ours. What is behind
-            them, the torn end of a write that a crash interrupted, is cut off with a warning.
-        header: Returns what goes into an empty file first.
-    """
-
-    def __init__(self, path: Path, *, whole: Callable[[], int], header: Callable[[], bytes]) -> None:
-        self.path = path
-        self._whole = whole
-        self._header = header
-        self._file: io.FileIO | None = None
-
-    def append(self, data: bytes) -> None:
-        """Hands all of `data` to the operating system, or nothing."""
-        _write_through(self.open(), data)
-
-    def open(self) -> io.FileIO:
-        """Returns the open file, an open one that was deleted from under us opened anew."""
-        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self.close()
-        if self._file is None:
-            whole = self._whole() if self.path.exists() else 0
-            self._file = _open_behind(self.path, whole, header=b"" if whole else self._header())
-        return self._file
-
-    def sync(self) -> None:
-        """Waits until the disk has what the operating system has."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file if it is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _open_behind(path: Path, whole: int, *, header: bytes) -> io.FileIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = io.FileIO(path, "a")
-    try:
-        torn = file.seek(0, os.SEEK_END) - whole
-        file.truncate(whole)
-        _write_through(file, header)
-        if torn:
-            warnings.warn(f"`{path}` ended in {torn} bytes of an unfinished write; they were dropped.", stacklevel=4)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _write_through(file: io.FileIO, data: bytes) -> None:
-    start = file.seek(0, os.SEEK_END)
-    try:
-        rest = memoryview(data)
-        while rest:  # a disk that fills up takes a part before it raises
-            rest = rest[file.write(rest) :]
-    except BaseException:
-        file.truncate(start)
-        raise
+def _whole(path: Path, size: int) -> Whole:
+    return Whole(size, torn=path.stat().st_size - size)
 
 
 def _entry(step: int, epoch: int, responsibilities: Tensor) -> ScoreEntry:

@@ -18,8 +18,8 @@ from mixture_torch.app.demo import MIXTURE, DemoConfig, Job, check, prepare
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.disk import write_atomically
 from mixture_torch.readers import JOURNAL_FILE, LIST_FILE, LOG_FILE, SHARD_FOLDER
-from mixture_torch.writers import write_atomically
 
 DEFAULT_FOLDER = Path("runs/demo")
 CONFIG_FILE = "config.yaml"

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixture_torch.disk import write_atomically
 from mixture_torch.readers import read_log, read_scores
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores, write_atomically
+from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 
 HEADER = b"step,epoch,K,pi_min,pi_max,trace_B,opnorm_B\n"
 FIGURES = (0.1, 0.5, 2.0, 1.0)
