@@ -188,14 +188,16 @@ def write_atomically(path: Path, data: bytes | memoryview | Iterable[bytes], *, 
         _sync_folder(path.parent)
 
 
-def move(path: Path, folder: Path) -> None:
-    """Moves a file into a folder, which is made if need be, under its name.
+def move(paths: Iterable[Path], folder: Path) -> None:
+    """Moves files, each at once and under its name, into a folder, which is made if need be; for good.
 
     Raises:
-        OSError: The file could not be moved; it is where it was.
+        OSError: A file could not be moved; it and those behind it are where they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    os.replace(path, folder / path.name)
+    for path in paths:
+        os.replace(path, folder / path.name)
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,8 @@ from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.graphs import Graphs
 from mixture_torch.memory import Memory
 from mixture_torch.precision import full_float32, may_wait
-from mixture_torch.recorder import Recorder, Report
+from mixture_torch.recorder import Recorder
+from mixture_torch.reports import Report
 
 DEFAULTS = MixtureRuntimeConfig()
 CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one
