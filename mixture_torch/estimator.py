@@ -20,7 +20,8 @@ from mixture_torch.checkpoint import Standing, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step
 from mixture_torch.precision import full_float32
-from mixture_torch.recorder import Recorder, Report
+from mixture_torch.recorder import Recorder
+from mixture_torch.reports import Report
 
 DEFAULTS = MixtureRuntimeConfig()
 CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one

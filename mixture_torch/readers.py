@@ -5,6 +5,9 @@
     mixture_scores.journal          the entries since then; gone after a flush
     mixture_scores/step_000123.pt   one entry
 
+What a run has recorded and, resumed from a checkpoint, records again is set aside in files of the same formats:
+mixture.superseded-1.csv, mixture_scores.superseded-1.pt and mixture_scores.superseded-1/, then those of number 2.
+
 The journal is JOURNAL_MAGIC, the number of entries that the list had when the journal was begun (its base), and per
 entry a record: length and CRC-32 of a payload, then the payload, which is a `torch.save` of the entry. Entry i of the
 journal is entry base + i of the whole list; by this a journal that was merged, but not yet removed, is recognised.
@@ -46,6 +49,10 @@ JOURNAL_RECORD = struct.Struct("<QI")  # length and CRC-32 of the payload
 SHARD_FOLDER = "mixture_scores"
 SHARD_NAME = "step_{:06d}.pt"
 SHARD_PATTERN = "step_*.pt"
+
+SUPERSEDED_LOG = "mixture.superseded-{}.csv"
+SUPERSEDED_LIST = "mixture_scores.superseded-{}.pt"
+SUPERSEDED_SHARDS = "mixture_scores.superseded-{}"
 
 
 class ScoreEntry(TypedDict):
@@ -114,7 +121,7 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
             f"`log_dir` must hold `{LIST_FILE}` or `{SHARD_FOLDER}/{SHARD_PATTERN}`, got `{log_dir}` without either; "
             "was `store_scores` on?"
         )
-    return read_appended(folder) + sorted(map(_read_shard, shards), key=lambda entry: entry["step"])
+    return read_appended(folder) + sorted(map(read_shard, shards), key=lambda entry: entry["step"])
 
 
 def read_whole_lines(path: Path) -> bytes:
@@ -131,6 +138,21 @@ def read_whole_lines(path: Path) -> bytes:
             "move the file away or choose another `log_dir`."
         )
     return data[: data.rfind(b"\n") + 1]
+
+
+def position_of(line: bytes) -> tuple[int, int] | None:
+    """Returns (epoch, step), where in the run a line of the log belongs; None of a damaged one."""
+    try:
+        step, epoch, _ = line.split(b",", 2)
+        return int(epoch), int(step)
+    except ValueError:
+        return None
+
+
+def step_of(name: str) -> int | None:
+    """Returns the step in the name of a file of `per_step`, None of another file."""
+    digits = name.removeprefix("step_").removesuffix(".pt")
+    return int(digits) if digits.isdecimal() and name == SHARD_NAME.format(int(digits)) else None
 
 
 def read_appended(folder: Path) -> list[ScoreEntry]:
@@ -187,7 +209,12 @@ def read_journal(path: Path) -> Journal:
     return Journal(base, entries, size=position)
 
 
-def _read_shard(path: Path) -> ScoreEntry:
+def read_shard(path: Path) -> ScoreEntry:
+    """Returns the entry in a file of `per_step`.
+
+    Raises:
+        ValueError: The file holds anything else, or is damaged.
+    """
     return cast(ScoreEntry, _load(path, _is_entry, expected="one entry"))
 
 

@@ -1,20 +1,18 @@
-"""Every file that the wrapper writes. What is in the files is said in `readers`.
+"""Every file of a run. What is in the files is said in `readers`, how they get to the disk in `disk`.
 
-There are two ways to write, and neither leaves half of anything: files that grow take a row or a record whole and hand
-it to the operating system before `append` returns; other files appear under their name when they are complete. Writers
-make nothing, not even the folder, before the first `append`, and may be used again after `close`.
+Writers make nothing, not even the folder, before the first `append`, and may be used again after `close`.
 """
 
 import io
-import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mixture_torch.disk import GrowingFile, Whole, move, write_atomically
 from mixture_torch.readers import (
     JOURNAL_FILE,
     JOURNAL_HEADER,
@@ -25,11 +23,18 @@ from mixture_torch.readers import (
     LOG_HEADER,
     SHARD_FOLDER,
     SHARD_NAME,
+    SHARD_PATTERN,
+    SUPERSEDED_LIST,
+    SUPERSEDED_LOG,
+    SUPERSEDED_SHARDS,
     ScoreEntry,
+    position_of,
     read_appended,
     read_journal,
     read_list,
+    read_shard,
     read_whole_lines,
+    step_of,
 )
 
 
@@ -41,8 +46,28 @@ class CsvWriter:
     """
 
     def __init__(self, log_dir: str | Path) -> None:
-        path = Path(log_dir).absolute() / LOG_FILE  # absolute: the working directory may change before a write
-        self._file = _GrowingFile(path, whole=lambda: len(read_whole_lines(path)), header=lambda: LOG_HEADER)
+        self._path = Path(log_dir).absolute() / LOG_FILE  # absolute: the working directory may change before a write
+        self._file = GrowingFile(self._path, whole=self._whole, header=LOG_HEADER)
+        self.last: tuple[int, int] | None = None  # (epoch, step) of the last row of the open file
+
+    @property
+    def end(self) -> int:
+        """Bytes up to the end of the last row of the open file."""
+        return self._file.end
+
+    def check(self) -> None:
+        """Raises a ValueError where the file is not ours, and changes nothing."""
+        if self._path.exists():
+            read_whole_lines(self._path)
+
+    def open(self) -> None:
+        """Opens the file, unless it is open.
+
+        Raises:
+            ValueError: The file has another header; it is left as it is.
+            OSError: The file cannot be opened.
+        """
+        self._file.open()
 
     def append(self, step: int, epoch: int, K: int, figures: Sequence[float]) -> None:
         """Writes one row, which is in the file on return.
@@ -60,6 +85,45 @@ class CsvWriter:
         pi_min, pi_max, trace_B, opnorm_B = figures
         row = f"{step:d},{epoch:d},{K:d},{pi_min:.9g},{pi_max:.9g},{trace_B:.9g},{opnorm_B:.9g}\n"
         self._file.append(row.encode("ascii"))
+        self.last = epoch, step
+
+    def steps_from(self, position: tuple[int, int]) -> set[int]:
+        """Returns the steps of all rows at or behind a position.
+
+        Args:
+            position: (epoch, step).
+        """
+        self._file.open()
+        found = [position_of(line) for line in self._lines() if _is_from(position, line)]
+        return {place[1] for place in found if place is not None}
+
+    def supersede(self, position: tuple[int, int], number: int) -> int:
+        """Moves all rows at or behind a position, wherever they stand, to `mixture.superseded-<number>.csv`.
+
+        Args:
+            position: (epoch, step).
+            number: Of the file for them; without such rows it is not made.
+
+        Returns:
+            How many rows were moved.
+
+        Raises:
+            OSError: Something could not be written; rows may then be in both files.
+        """
+        self._file.open()
+        lines = self._lines()
+        kept = [line for line in lines if not _is_from(position, line)]
+        moved = [line for line in lines if _is_from(position, line)]
+        if moved:
+            target = self._path.with_name(SUPERSEDED_LOG.format(number))
+            write_atomically(target, LOG_HEADER + b"".join(moved), durable=True)
+            remainder = LOG_HEADER + b"".join(kept)
+            if lines[: len(kept)] == kept:
+                self._file.cut(len(remainder))
+            else:
+                write_atomically(self._path, remainder, durable=True)
+            self.last = _last_position(kept)
+        return len(moved)
 
     def flush(self) -> None:
         """Brings the rows to the disk, past a loss of power."""
@@ -67,8 +131,18 @@ class CsvWriter:
 
     def close(self) -> None:
         """Flushes, and closes the file."""
-        self._file.sync()
-        self._file.close()
+        try:
+            self._file.sync()
+        finally:
+            self._file.close()
+
+    def _lines(self) -> list[bytes]:
+        return read_whole_lines(self._path).splitlines(keepends=True)[1:]
+
+    def _whole(self) -> Whole:
+        lines = read_whole_lines(self._path)
+        self.last = _last_position(lines[lines[:-1].rfind(b"\n") + 1 :].splitlines())
+        return _whole(self._path, len(lines))
 
 
 class AppendScores:
@@ -82,7 +156,7 @@ class AppendScores:
         self._folder = Path(log_dir).absolute()
         self._listed: int | None = None  # entries in the list right after a flush, so that nobody has to look
         path = self._folder / JOURNAL_FILE
-        self._journal = _GrowingFile(path, whole=lambda: read_journal(path).size, header=self._header)
+        self._journal = GrowingFile(path, whole=lambda: _whole(path, read_journal(path).size))
 
     def append(self, step: int, epoch: int, responsibilities: Tensor) -> None:
         """Writes one entry into the journal, where `read_scores` finds it from now on.
@@ -97,7 +171,49 @@ class AppendScores:
             OSError: The entry could not be written; the files are as they were.
         """
         payload = _serialised(_entry(step, epoch, responsibilities))
-        self._journal.append(JOURNAL_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+        self.open()
+        header = b"" if self._journal.end else self._header()
+        self._journal.append(header + JOURNAL_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+
+    def open(self) -> None:
+        """Opens the files, unless they are open.
+
+        Raises:
+            ValueError: `mixture_scores.pt` or the journal is not ours; it is left as it is.
+            OSError: They could not be opened.
+        """
+        if self._listed is None and not self._journal.path.exists():
+            self._listed = len(read_list(self._folder / LIST_FILE))
+        self._journal.open()
+
+    @property
+    def end(self) -> int:
+        """Bytes up to the end of the last entry of the open file."""
+        return self._journal.end
+
+    def supersede(self, position: tuple[int, int], number: int) -> int:
+        """Moves the entries at or behind a position to `mixture_scores.superseded-<number>.pt`.
+
+        Args:
+            position: (epoch, step).
+            number: Of the file for them; without such entries it is not made.
+
+        Returns:
+            How many entries were moved.
+
+        Raises:
+            ValueError: `mixture_scores.pt` or the journal is not ours; both are left as they are.
+            OSError: Something could not be written; entries may then be in both files.
+        """
+        self.flush()
+        entries = read_list(self._folder / LIST_FILE)
+        moved = [entry for entry in entries if (entry["epoch"], entry["step"]) >= position]
+        if moved:
+            kept = [entry for entry in entries if (entry["epoch"], entry["step"]) < position]
+            write_atomically(self._folder / SUPERSEDED_LIST.format(number), _serialised(moved), durable=True)
+            write_atomically(self._folder / LIST_FILE, _serialised(kept), durable=True)
+            self._listed = len(kept)
+        return len(moved)
 
     def flush(self) -> None:
         """Moves the journal's entries, a killed predecessor's included, into `mixture_scores.pt`.
@@ -154,36 +270,34 @@ class PerStepScores:
             self._warned = True
             warnings.warn(f"`{path}` was there already and has been replaced, as will be others.", stacklevel=2)
 
+    def supersede(self, position: tuple[int, int], number: int, *, steps: Container[int]) -> int:
+        """Moves the entries at or behind a position to the folder `mixture_scores.superseded-<number>`.
+
+        Only those are looked into whose step is not before the position's or in `steps`: there may be 100,000.
+
+        Args:
+            position: (epoch, step).
+            number: Of the folder for them; without such entries it is not made.
+            steps: Of other entries that may have to be moved.
+
+        Returns:
+            How many entries were moved.
+
+        Raises:
+            OSError: An entry could not be moved; others may have been.
+        """
+        shards = [(step_of(path.name), path) for path in self._folder.glob(SHARD_PATTERN)]
+        candidates = [path for step, path in shards if step is not None and (step >= position[1] or step in steps)]
+        moved = [path for path in sorted(candidates) if _holds_from(position, path)]
+        if moved:
+            move(moved, self._folder.with_name(SUPERSEDED_SHARDS.format(number)))
+        return len(moved)
+
     def flush(self) -> None:
         """Does nothing: every entry is complete when `append` returns."""
 
     def close(self) -> None:
         """Does nothing: no file stays open."""
-
-
-def write_atomically(path: Path, data: bytes | memoryview, *, durable: bool = False) -> None:
-    """Makes `data` the content of a file, which at no instant is missing, if it was there, or incomplete.
-
-    Args:
-        path: The file; its folder is made if need be.
-        data: The whole content.
-        durable: Outlast a loss of power too, for some milliseconds.
-
-    Raises:
-        OSError: The file could not be written; it is as it was, and no temporary file is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # always the same, so that those of killed processes do not pile up
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_atomically(path: Path, value: object) -> None:
@@ -199,71 +313,25 @@ def save_atomically(path: Path, value: object) -> None:
     write_atomically(path, _serialised(value), durable=True)
 
 
-class _GrowingFile:
-    """A file that grows by whole pieces, and opens itself where it has to.
-
-    Args:
-        path: The file; its folder is made if need be.
-        whole: Returns how many bytes of the existing file are whole, or raises where it is not ours. What is behind
-            them, the torn end of a write that a crash interrupted, is cut off with a warning.
-        header: Returns what goes into an empty file first.
-    """
-
-    def __init__(self, path: Path, *, whole: Callable[[], int], header: Callable[[], bytes]) -> None:
-        self.path = path
-        self._whole = whole
-        self._header = header
-        self._file: io.FileIO | None = None
-
-    def append(self, data: bytes) -> None:
-        """Hands all of `data` to the operating system, or nothing."""
-        _write_through(self.open(), data)
-
-    def open(self) -> io.FileIO:
-        """Returns the open file, an open one that was deleted from under us opened anew."""
-        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self.close()
-        if self._file is None:
-            whole = self._whole() if self.path.exists() else 0
-            self._file = _open_behind(self.path, whole, header=b"" if whole else self._header())
-        return self._file
-
-    def sync(self) -> None:
-        """Waits until the disk has what the operating system has."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file if it is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def _is_from(position: tuple[int, int], line: bytes) -> bool:
+    found = position_of(line)
+    return found is not None and found >= position
 
 
-def _open_behind(path: Path, whole: int, *, header: bytes) -> io.FileIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = io.FileIO(path, "a")
+def _last_position(lines: list[bytes]) -> tuple[int, int] | None:
+    return position_of(lines[-1]) if lines else None
+
+
+def _holds_from(position: tuple[int, int], path: Path) -> bool:
     try:
-        torn = file.seek(0, os.SEEK_END) - whole
-        file.truncate(whole)
-        _write_through(file, header)
-        if torn:
-            warnings.warn(f"`{path}` ended in {torn} bytes of an unfinished write; they were dropped.", stacklevel=4)
-    except BaseException:
-        file.close()
-        raise
-    return file
+        entry = read_shard(path)
+    except ValueError:  # damaged: it goes with those whose steps are near its own, and out of a reader's way
+        return True
+    return (entry["epoch"], entry["step"]) >= position
 
 
-def _write_through(file: io.FileIO, data: bytes) -> None:
-    start = file.seek(0, os.SEEK_END)
-    try:
-        rest = memoryview(data)
-        while rest:  # a disk that fills up takes a part before it raises
-            rest = rest[file.write(rest) :]
-    except BaseException:
-        file.truncate(start)
-        raise
+def _whole(path: Path, size: int) -> Whole:
+    return Whole(size, torn=path.stat().st_size - size)
 
 
 def _entry(step: int, epoch: int, responsibilities: Tensor) -> ScoreEntry:

@@ -18,8 +18,8 @@ from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, find_run_fold
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.disk import write_atomically
 from mixture_torch.readers import LOG_FILE
-from mixture_torch.writers import write_atomically
 
 DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # where options stand, by the first key

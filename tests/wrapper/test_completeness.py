@@ -25,8 +25,8 @@ def test_flush_makes_scores_complete(tmp_path: Path) -> None:
 
 def test_log_step_goes_on_after_close(tmp_path: Path) -> None:
     wrapper = estimator(log_dir=tmp_path, store_scores=True)
-    for _ in range(2):
-        log_steps(wrapper)
+    for epoch in range(2):
+        log_steps(wrapper, epoch=epoch)
         wrapper.close()
     assert read_log(tmp_path)["step"].tolist() == [0, 1, 2] * 2
     assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1, 2] * 2
@@ -63,7 +63,7 @@ def test_estimator_that_is_collected_leaves_its_folder_to_others(tmp_path: Path)
     log_steps(wrapper)
     wrapper.close()
     with estimator(log_dir=tmp_path, store_scores=True) as other:
-        log_steps(other)
+        log_steps(other, epoch=1)
     before = contents(tmp_path)
     del wrapper
     gc.collect()
@@ -123,7 +123,9 @@ def forked_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @needs_fork
 def test_forked_child_leaves_the_files_of_its_parent(forked_run: tuple[Path, str]) -> None:
-    assert forked_run[1] == "['mixture.csv', 'mixture_scores.journal']"  # as before: the list comes with a flush
+    assert (
+        forked_run[1] == "['mixture.csv', 'mixture.lock', 'mixture_scores.journal']"
+    )  # as before: the list comes with a flush
 
 
 @needs_fork

@@ -173,14 +173,6 @@ def test_foreign_files_are_left_as_they_are(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name).read_bytes() == b"step,loss\n0,1.5\n"
 
 
-def test_folder_that_is_a_file_is_an_oserror(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    wrapper = estimator(log_dir=tmp_path / "run")
-    wrapper.update(mixture()[0])
-    with pytest.raises(OSError, match="run"):
-        wrapper.log_step(step=0, epoch=0)
-
-
 def test_figures_of_one_component_are_those_of_no_spread_between(tmp_path: Path) -> None:
     with estimator(K=1, log_dir=tmp_path) as wrapper:
         log_steps(wrapper, 1)

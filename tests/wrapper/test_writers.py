@@ -6,8 +6,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixture_torch.disk import write_atomically
 from mixture_torch.readers import read_log, read_scores
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores, write_atomically
+from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+from tests.wrapper.conftest import Disk
 
 HEADER = b"step,epoch,K,pi_min,pi_max,trace_B,opnorm_B\n"
 FIGURES = (0.1, 0.5, 2.0, 1.0)
 ROW = b"0,0,8,0.1,0.5,2,1\n"
-
-Disk = Callable[[int], AbstractContextManager[None]]
 
 
 def R(value: float, *shape: int) -> Tensor:
@@ -46,23 +45,6 @@ def leave_journal(folder: Path, *steps: int) -> Path:
         shutil.copytree(alive, folder, dirs_exist_ok=True)
         writer.close()
     return folder / "mixture_scores.journal"
-
-
-@pytest.fixture
-def disk_with_room_for() -> Disk:
-    """Lets no file grow beyond a number of bytes, as a full disk would."""
-    resource = pytest.importorskip("resource")
-
-    @contextmanager
-    def limited(size: int) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
 
 
 # mixture.csv
