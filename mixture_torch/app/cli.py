@@ -19,13 +19,13 @@ from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.disk import write_atomically
-from mixture_torch.readers import JOURNAL_FILE, LIST_FILE, LOG_FILE, SHARD_FOLDER
+from mixture_torch.readers import LIST_FILE, LOG_FILE, SHARD_FOLDER
 
 DEFAULT_FOLDER = Path("runs/demo")
 CONFIG_FILE = "config.yaml"
 DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # where options stand, by the first key
-WRITTEN = (CONFIG_FILE, LOG_FILE, LIST_FILE, JOURNAL_FILE, SHARD_FOLDER)
+WRITTEN = (CONFIG_FILE, LOG_FILE, LIST_FILE, SHARD_FOLDER)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which has no public name in typer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
