@@ -5,19 +5,16 @@ Writers make nothing, not even the folder, before the first `append`, and may be
 
 import io
 import warnings
-import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mixture_torch.archive import ENTRY, HEADER, Array, Entry, archive, record, rows, tail
 from mixture_torch.disk import GrowingFile, Whole, move, write_atomically
 from mixture_torch.readers import (
-    JOURNAL_FILE,
-    JOURNAL_HEADER,
-    JOURNAL_MAGIC,
-    JOURNAL_RECORD,
     LIST_FILE,
     LOG_FILE,
     LOG_HEADER,
@@ -29,13 +26,12 @@ from mixture_torch.readers import (
     SUPERSEDED_SHARDS,
     ScoreEntry,
     position_of,
-    read_appended,
-    read_journal,
     read_list,
     read_shard,
     read_whole_lines,
     step_of,
 )
+from mixture_torch.scan import Scan, holds, mended
 
 
 class CsvWriter:
@@ -146,20 +142,24 @@ class CsvWriter:
 
 
 class AppendScores:
-    """Appends entries to `mixture_scores.pt`, through a journal so that no append depends on how many came before.
+    """Appends entries to `mixture_scores.pt`, at a cost that does not depend on how many came before.
+
+    In memory there is an index alone, of 36 bytes an entry. It holds what is in the file: whoever changes one and not
+    the other closes the file, and who opens it again looks.
 
     Args:
         log_dir: The run folder.
     """
 
     def __init__(self, log_dir: str | Path) -> None:
-        self._folder = Path(log_dir).absolute()
-        self._listed: int | None = None  # entries in the list right after a flush, so that nobody has to look
-        path = self._folder / JOURNAL_FILE
-        self._journal = GrowingFile(path, whole=lambda: _whole(path, read_journal(path).size))
+        self._path = Path(log_dir).absolute() / LIST_FILE
+        self._file = GrowingFile(self._path, whole=self._look, header=HEADER)
+        self._index = bytearray()
+        self._was_open = False
+        self._has_tail = False  # and it is complete
 
     def append(self, step: int, epoch: int, responsibilities: Tensor) -> None:
-        """Writes one entry into the journal, where `read_scores` finds it from now on.
+        """Writes one entry, which `read_scores` finds from now on.
 
         Args:
             step: The training step.
@@ -167,29 +167,28 @@ class AppendScores:
             responsibilities: (N, K), on any device.
 
         Raises:
-            ValueError: `mixture_scores.pt` or the journal is not ours; it is left as it is.
-            OSError: The entry could not be written; the files are as they were.
+            ValueError: `mixture_scores.pt` is not ours; it is left as it is.
+            OSError: The entry could not be written; the entries are as they were.
         """
-        payload = _serialised(_entry(step, epoch, responsibilities))
+        R = responsibilities.detach().to("cpu", torch.float32).numpy()
         self.open()
-        header = b"" if self._journal.end else self._header()
-        self._journal.append(header + JOURNAL_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+        entry, data = record(self._file.end, step, epoch, R)
+        with self._closed_on_failure():
+            self._has_tail = False
+            self._file.append(data)
+            self._index += entry.packed
 
     def open(self) -> None:
-        """Opens the files, unless they are open.
+        """Opens the file, unless it is open.
 
         Raises:
-            ValueError: `mixture_scores.pt` or the journal is not ours; it is left as it is.
-            OSError: They could not be opened.
+            ValueError: `mixture_scores.pt` is not ours; it is left as it is.
+            OSError: The file cannot be opened.
         """
-        if self._listed is None and not self._journal.path.exists():
-            self._listed = len(read_list(self._folder / LIST_FILE))
-        self._journal.open()
-
-    @property
-    def end(self) -> int:
-        """Bytes up to the end of the last entry of the open file."""
-        return self._journal.end
+        self._file.open()
+        if self._file.end == len(HEADER):  # so in a new file, into which nobody looked
+            self._index.clear()
+        self._was_open = True
 
     def supersede(self, position: tuple[int, int], number: int) -> int:
         """Moves the entries at or behind a position to `mixture_scores.superseded-<number>.pt`.
@@ -202,43 +201,85 @@ class AppendScores:
             How many entries were moved.
 
         Raises:
-            ValueError: `mixture_scores.pt` or the journal is not ours; both are left as they are.
+            ValueError: `mixture_scores.pt` is not ours; it is left as it is.
             OSError: Something could not be written; entries may then be in both files.
         """
+        if not self._path.exists():
+            return 0
+        self.open()
+        entries = rows(self._index)
+        epoch, step = position
+        moves = (entries["epoch"] > epoch) | ((entries["epoch"] == epoch) & (entries["step"] >= step))
+        if not moves.any():
+            return 0
+        first = int(moves.argmax())
+        start = int(entries["offset"][first])
+        target = self._path.with_name(SUPERSEDED_LIST.format(number))
+        write_atomically(target, archive(self._entries(start, lambda at: at >= position)), durable=True)
+        if moves[first:].all():
+            with self._closed_on_failure():
+                self._has_tail = False
+                del self._index[first * ENTRY.size :]
+                self._file.cut(start)
+        else:
+            write_atomically(self._path, archive(self._entries(0, lambda at: at < position)), durable=True)
         self.flush()
-        entries = read_list(self._folder / LIST_FILE)
-        moved = [entry for entry in entries if (entry["epoch"], entry["step"]) >= position]
-        if moved:
-            kept = [entry for entry in entries if (entry["epoch"], entry["step"]) < position]
-            write_atomically(self._folder / SUPERSEDED_LIST.format(number), _serialised(moved), durable=True)
-            write_atomically(self._folder / LIST_FILE, _serialised(kept), durable=True)
-            self._listed = len(kept)
-        return len(moved)
+        return int(moves.sum())
+
+    @property
+    def end(self) -> int:
+        """Bytes up to the end of the last entry of the open file."""
+        return self._file.end
 
     def flush(self) -> None:
-        """Moves the journal's entries, a killed predecessor's included, into `mixture_scores.pt`.
+        """Completes the file if it has been opened, so that `torch.load` reads it, and brings it to the disk.
 
         Raises:
-            ValueError: `mixture_scores.pt` or the journal is not ours; both are left as they are.
-            OSError: The list could not be written; the entries stay in the journal.
+            ValueError: `mixture_scores.pt` is not ours; it is left as it is.
+            OSError: The file could not be completed; the entries are as they were.
         """
-        if self._journal.path.exists():
-            self._journal.open()
-            entries = read_appended(self._folder)
-            if entries:
-                write_atomically(self._folder / LIST_FILE, _serialised(entries), durable=True)
-            self._journal.close()
-            self._journal.path.unlink()
-            self._listed = len(entries)
+        if self._was_open and self._path.exists():
+            self.open()
+            if not self._has_tail:
+                self._file.finish(tail(self._index, self._file.end))
+                self._has_tail = True
 
     def close(self) -> None:
-        """Flushes, and leaves no file open."""
-        self.flush()
-        self._journal.close()
+        """Flushes, and closes the file."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
-    def _header(self) -> bytes:
-        base, self._listed = self._listed, None
-        return JOURNAL_HEADER.pack(JOURNAL_MAGIC, len(read_list(self._folder / LIST_FILE)) if base is None else base)
+    def _look(self) -> Whole:
+        """Makes the index what the file says, from the last entry on that is known to be there."""
+        self._has_tail = False
+        last = Entry(*ENTRY.unpack(self._index[-ENTRY.size :])) if self._index else None
+        if last is None or not holds(self._path, last):
+            last = None
+            self._index.clear()
+        scan = Scan(self._path, start=last.end if last else 0)
+        for entry, _ in scan:
+            self._index += entry.packed
+        if not scan.is_ours:
+            listed = read_list(self._path, in_memory=False)
+            write_atomically(self._path, archive(map(_unpacked, listed)), durable=True)
+            return self._look()
+        if scan.size and not scan.has_header:
+            write_atomically(self._path, mended(self._path), durable=True)
+        return Whole(scan.size, scan.torn)
+
+    def _entries(self, start: int, takes: Callable[[tuple[int, int]], bool]) -> Iterator[tuple[int, int, Array]]:
+        scan = Scan(self._path, start=start)
+        return ((entry.step, entry.epoch, R) for entry, R in scan if takes((entry.epoch, entry.step)))
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # an interrupt between file and index too
+            self._file.close()
+            raise
 
 
 class PerStepScores:
@@ -338,6 +379,10 @@ def _entry(step: int, epoch: int, responsibilities: Tensor) -> ScoreEntry:
     R = responsibilities.detach().to("cpu", torch.float32)
     # A copy: torch.save writes a view's whole storage.
     return {"step": int(step), "epoch": int(epoch), "responsibilities": R.clone(memory_format=torch.contiguous_format)}
+
+
+def _unpacked(entry: ScoreEntry) -> tuple[int, int, Array]:
+    return entry["step"], entry["epoch"], entry["responsibilities"].detach().numpy()
 
 
 def _serialised(value: object) -> bytes:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mixture_torch import readers
 from mixture_torch.readers import ScoreEntry, read_log, read_scores
 from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 
@@ -46,6 +46,18 @@ def bits(found: Sequence[ScoreEntry]) -> list[tuple[int, int, torch.dtype, torch
 
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def snapshot_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: data for path, (data, _) in snapshot(folder).items()}
+
+
+def write_at_once(folder: Path, entries: list[ScoreEntry]) -> Path:
+    writer = AppendScores(folder)
+    for entry in entries:
+        writer.append(**entry)
+    writer.close()
+    return folder
 
 
 # read_log
@@ -117,6 +129,8 @@ def test_read_scores_gives_back_what_was_appended(actions: list[ScoreEntry | str
                 appended.append(action)
             elif action == "flush":
                 writers[-1].flush()
+                if appended:
+                    assert bits(torch.load(folder / "mixture_scores.pt")) == bits(appended)
             elif action == "close":
                 writers[-1].close()
             elif action == "reopen":
@@ -125,12 +139,39 @@ def test_read_scores_gives_back_what_was_appended(actions: list[ScoreEntry | str
             elif folder.exists():  # a kill leaves the files as they are at this instant
                 folder = shutil.copytree(folder, Path(root) / str(len(writers)))
                 writers.append(AppendScores(folder))
+                writers[-1].open()
             if appended:
                 assert bits(read_scores(folder)) == bits(appended)
         for writer in writers:
             writer.close()
         if appended:
             assert bits(torch.load(folder / "mixture_scores.pt")) == bits(appended)
+            assert snapshot_bytes(folder) == snapshot_bytes(write_at_once(Path(root) / "at_once", appended))
+
+
+@given(st.lists(entries(), min_size=1, max_size=4), st.booleans(), st.floats(0, 1))
+def test_read_scores_gives_back_what_a_crash_has_left(written: list[ScoreEntry], flushed: bool, share: float) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / "mixture_scores.pt"
+        writer, ends = AppendScores(root), []
+        for entry in written:
+            writer.append(**entry)
+            ends.append(path.stat().st_size)
+        if flushed:
+            writer.flush()
+        size = round(share * path.stat().st_size)
+        left = [entry for entry, end in zip(written, ends, strict=True) if end <= size]
+        killed = Path(root) / "killed"
+        killed.mkdir()
+        (killed / "mixture_scores.pt").write_bytes(path.read_bytes()[:size])
+        writer.close()
+        assert bits(read_scores(killed)) == bits(left)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said of what was torn
+            resumed = AppendScores(killed)
+            resumed.append(**written[0])
+        resumed.close()
+        assert bits(torch.load(killed / "mixture_scores.pt")) == bits([*left, written[0]])
 
 
 @given(st.lists(entries(), min_size=1, unique_by=lambda entry: entry["step"]))
@@ -164,27 +205,37 @@ def test_read_scores_leaves_torn_files_as_they_are(tmp_path: Path) -> None:
     writer.flush()
     writer.append(1, 0, torch.zeros(1, 1))
     writer.append(2, 0, torch.zeros(1, 1))
-    journal = tmp_path / "mixture_scores.journal"
-    journal.write_bytes(journal.read_bytes()[:-1])
+    path = tmp_path / "mixture_scores.pt"
+    path.write_bytes(path.read_bytes()[:-1])
     before = snapshot(tmp_path)
     assert [entry["step"] for entry in read_scores(str(tmp_path))] == [0, 1]
     assert snapshot(tmp_path) == before
     writer.close()
 
 
-def test_read_scores_during_a_flush_gives_every_entry_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", [False, True])
+def test_read_scores_changes_no_file(tmp_path: Path, damage: bool) -> None:
     writer = AppendScores(tmp_path)
     for step in range(3):
         writer.append(step, 0, torch.zeros(1, 1))
-    read_list = readers.read_list
+    writer.close()
+    path = tmp_path / "mixture_scores.pt"
+    if damage:
+        data = path.read_bytes()
+        path.write_bytes(data[:800] + bytes(100) + data[900:])
+    before = snapshot(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said of the damage
+        assert [entry["step"] for entry in read_scores(tmp_path)] == ([0, 2] if damage else [0, 1, 2])
+    assert snapshot(tmp_path) == before
 
-    def flush_first(path: Path) -> list[ScoreEntry]:
-        monkeypatch.undo()
-        writer.flush()
-        return read_list(path)
 
-    monkeypatch.setattr(readers, "read_list", flush_first)
-    assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2]
+def test_read_scores_gives_tensors_of_their_own(tmp_path: Path) -> None:
+    writer = AppendScores(tmp_path)
+    writer.append(0, 0, torch.zeros(2, 2))
+    writer.close()
+    read_scores(tmp_path)[0]["responsibilities"].add_(1)
+    assert not read_scores(tmp_path)[0]["responsibilities"].any()
 
 
 def test_read_scores_of_an_empty_list_is_empty(tmp_path: Path) -> None:
@@ -197,10 +248,11 @@ def test_read_scores_says_what_is_missing(tmp_path: Path) -> None:
         read_scores(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mixture_scores.pt", "mixture_scores.journal", "mixture_scores/step_000001.pt"])
-def test_read_scores_says_what_is_foreign(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("content", [b"not a checkpoint", b"PK\3\4" + bytes(range(256)) * 20], ids=["text", "zip"])
+@pytest.mark.parametrize("name", ["mixture_scores.pt", "mixture_scores/step_000001.pt"])
+def test_read_scores_says_what_is_foreign(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"not a checkpoint")
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}` must hold .*, got something else; move the file away"):
         read_scores(tmp_path)

@@ -1,5 +1,6 @@
 """What the writers leave on the disk, whatever happens to them."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_torch.disk import write_atomically
+from mixture_torch.disk import GrowingFile, write_atomically
 from mixture_torch.readers import read_log, read_scores
+from mixture_torch.scan import Scan
 from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
 from tests.wrapper.conftest import Disk
 
@@ -32,19 +34,41 @@ def steps(log_dir: Path) -> list[int]:
     return [entry["step"] for entry in read_scores(log_dir)]
 
 
+def listed(log_dir: Path) -> list[int]:
+    return [entry["step"] for entry in torch.load(log_dir / "mixture_scores.pt")]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def leave_journal(folder: Path, *steps: int) -> Path:
-    """Leaves a folder as a process does that is killed after these steps, and returns the journal in it."""
+def write(folder: Path, *steps: int) -> None:
+    """Appends an entry for each step, and closes the file."""
+    writer = AppendScores(folder)
+    writer.open()
+    for step in steps:
+        writer.append(step, 0, R(0.0, 1, 1))
+    writer.close()
+
+
+def leave(folder: Path, *steps: int, flushed: bool = False) -> Path:
+    """Leaves a folder as a process does that is killed after these steps, and returns the scores in it."""
     with tempfile.TemporaryDirectory() as alive:
         writer = AppendScores(alive)
+        writer.open()
         for step in steps:
             writer.append(step, 0, R(0.0, 1, 1))
+        if flushed:
+            writer.flush()
         shutil.copytree(alive, folder, dirs_exist_ok=True)
         writer.close()
-    return folder / "mixture_scores.journal"
+    return folder / "mixture_scores.pt"
+
+
+def damage(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
 
 
 # mixture.csv
@@ -163,13 +187,14 @@ def test_csv_writer_begins_anew_where_the_folder_was_deleted(tmp_path: Path) -> 
     assert contents(tmp_path / "run") == {"mixture.csv": HEADER + ROW}
 
 
-# mixture_scores.pt and its journal
+# mixture_scores.pt
 
 
 def test_append_scores_make_nothing_before_the_first_entry(tmp_path: Path) -> None:
     writer = AppendScores(tmp_path / "run")
     writer.flush()
     writer.close()
+    assert writer.supersede((0, 0), 1) == 0
     assert not (tmp_path / "run").exists()
 
 
@@ -197,9 +222,11 @@ def test_append_scores_store_float32(tmp_path: Path, dtype: torch.dtype) -> None
 
 def test_append_scores_store_a_view_without_what_it_views(tmp_path: Path) -> None:
     writer = AppendScores(tmp_path)
-    writer.append(0, 0, torch.zeros(1_000_000, 2)[::400_000])
+    writer.append(0, 0, torch.arange(2_000_000.0).reshape(2, 1_000_000).T[::400_000])
     writer.close()
     assert (tmp_path / "mixture_scores.pt").stat().st_size < 10_000
+    expected = [[0.0, 1e6], [4e5, 1.4e6], [8e5, 1.8e6]]
+    assert torch.load(tmp_path / "mixture_scores.pt")[0]["responsibilities"].tolist() == expected
 
 
 def test_append_scores_do_not_depend_on_the_default_device(tmp_path: Path) -> None:
@@ -216,15 +243,25 @@ def test_append_scores_do_not_depend_on_the_default_device(tmp_path: Path) -> No
 def test_append_scores_write_the_same_whatever_came_before(tmp_path: Path) -> None:
     writer = AppendScores(tmp_path)
     writer.append(0, 0, R(0.0))
-    writer.flush()
-    listed = (tmp_path / "mixture_scores.pt").read_bytes()
-    sizes = []
+    before = (tmp_path / "mixture_scores.pt").read_bytes()
+    sizes = [len(before)]
     for step in range(1, 30):
         writer.append(step, 0, R(0.0))
-        sizes.append((tmp_path / "mixture_scores.journal").stat().st_size)
+        sizes.append((tmp_path / "mixture_scores.pt").stat().st_size)
     assert len({after - before for before, after in pairwise(sizes)}) == 1
-    assert (tmp_path / "mixture_scores.pt").read_bytes() == listed
+    assert (tmp_path / "mixture_scores.pt").read_bytes().startswith(before)
     writer.close()
+
+
+def test_append_scores_of_the_same_entries_are_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "at_once", *range(6))
+    killed = leave(tmp_path / "killed", 0, 1, 2)
+    killed.write_bytes(killed.read_bytes() + leave(tmp_path / "torn", 3).read_bytes()[512:600])
+    with pytest.warns(UserWarning, match="ended in 88 bytes"):
+        write(tmp_path / "killed", 3)
+    for step in (4, 5):
+        write(tmp_path / "killed", step)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "at_once")
 
 
 def test_append_scores_flush_without_news_does_no_work(tmp_path: Path) -> None:
@@ -237,111 +274,174 @@ def test_append_scores_flush_without_news_does_no_work(tmp_path: Path) -> None:
     assert (tmp_path / "mixture_scores.pt").stat() == before
 
 
-def test_append_scores_merge_the_journal_of_a_killed_process(tmp_path: Path) -> None:
-    leave_journal(tmp_path, 0)
-    AppendScores(tmp_path).flush()
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0]
+def test_append_scores_complete_the_file_of_a_killed_process(tmp_path: Path) -> None:
+    leave(tmp_path, 0)
+    write(tmp_path)
+    assert listed(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_append_scores_go_on_behind_a_killed_process(tmp_path: Path, flushed: bool) -> None:
+    leave(tmp_path, 0, 1, flushed=flushed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path, 2)
+    assert listed(tmp_path) == steps(tmp_path) == [0, 1, 2]
 
 
 def test_append_scores_drop_a_torn_record_at_every_byte(tmp_path: Path) -> None:
-    whole = leave_journal(tmp_path, 0).stat().st_size
-    journal = leave_journal(tmp_path, 0, 1)
-    data = journal.read_bytes()
+    whole = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, 1)
+    data = path.read_bytes()
     for size in range(whole, len(data)):
-        journal.write_bytes(data[:size])
+        path.write_bytes(data[:size])
         assert steps(tmp_path) == [0]
-        assert journal.read_bytes() == data[:size]
+        assert path.read_bytes() == data[:size]
 
 
-@pytest.mark.parametrize("kept", [1, 3, 12, 13, 500])
+@pytest.mark.parametrize("kept", [1, 3, 12, 13, 191, 192, 200, 255])
 def test_append_scores_go_on_behind_a_torn_record_with_one_warning(tmp_path: Path, kept: int) -> None:
-    whole = leave_journal(tmp_path, 0).stat().st_size
-    journal = leave_journal(tmp_path, 0, 1)
-    journal.write_bytes(journal.read_bytes()[: whole + kept])
+    whole = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, 1)
+    path.write_bytes(path.read_bytes()[: whole + kept])
     writer = AppendScores(tmp_path)
     with pytest.warns(UserWarning, match=f"ended in {kept} bytes of an unfinished write") as caught:
         writer.append(2, 0, R(0.0))
     writer.close()
     assert len(caught) == 1
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 2]
+    assert listed(tmp_path) == [0, 2]
 
 
-def test_append_scores_begin_a_torn_journal_anew_at_every_byte_of_its_header(tmp_path: Path) -> None:
-    journal = leave_journal(tmp_path, 0)
-    header = journal.read_bytes()[:24]
-    for size in range(1, len(header)):
-        journal.write_bytes(header[:size])
-        writer = AppendScores(tmp_path)
+def test_append_scores_begin_anew_behind_a_torn_header_at_every_byte(tmp_path: Path) -> None:
+    path = leave(tmp_path, 0)
+    data = path.read_bytes()
+    for size in range(1, 512):
+        path.write_bytes(data[:size])
+        assert steps(tmp_path) == []
         with pytest.warns(UserWarning, match=f"ended in {size} bytes"):
-            writer.append(size, 0, R(0.0, 1, 1))
-        writer.close()
-    assert steps(tmp_path) == list(range(1, len(header)))
+            write(tmp_path, 7)
+        assert listed(tmp_path) == [7]
 
 
-def test_append_scores_skip_a_damaged_record_with_a_warning(tmp_path: Path) -> None:
-    middle = leave_journal(tmp_path, 0).stat().st_size + 100
-    journal = leave_journal(tmp_path, 0, 1, 2)
-    data = bytearray(journal.read_bytes())
-    data[middle] ^= 1
-    journal.write_bytes(data)
+def test_append_scores_lose_nothing_with_a_torn_tail_at_every_byte(tmp_path: Path) -> None:
+    whole = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, flushed=True)
+    data = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in range(whole, len(data)):
+            path.write_bytes(data[:size])
+            assert steps(tmp_path) == [0]
+            write(tmp_path)
+            assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("place", [0, 100, 191, 192, 195], ids=lambda place: f"byte-{place}")
+def test_append_scores_skip_a_damaged_record_with_a_warning(tmp_path: Path, place: int, flushed: bool) -> None:
+    start = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, 1, 2, flushed=flushed)
+    damage(path, start + place)
+    with pytest.warns(
+        UserWarning, match=rf"`.*mixture_scores.pt` is damaged: skipped 256 bytes at {start}\."
+    ) as caught:
+        assert steps(tmp_path) == [0, 2]
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="is damaged: skipped 256 bytes") as caught:
+        write(tmp_path, 3)
+    assert len(caught) == 1
+    assert listed(tmp_path) == [0, 2, 3]
+
+
+def test_append_scores_leave_the_bytes_of_a_damaged_record(tmp_path: Path) -> None:
+    start = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, 1, 2)
+    damage(path, start + 192)
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match="is damaged"):
+        write(tmp_path, 3)
+    assert path.read_bytes().startswith(before)
+
+
+def test_append_scores_keep_a_damaged_last_record_that_was_flushed(tmp_path: Path) -> None:
+    start = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, 1, flushed=True)
+    damage(path, start + 192)
+    before = path.read_bytes()[: start + 256]
+    with pytest.warns(UserWarning, match="is damaged: skipped 256 bytes"):
+        write(tmp_path, 2)
+    assert path.read_bytes().startswith(before)
+    assert listed(tmp_path) == [0, 2]
+
+
+def test_append_scores_read_around_damage_at_every_byte(tmp_path: Path) -> None:
+    start = leave(tmp_path, 0).stat().st_size
+    path = leave(tmp_path, 0, 1, 2)
+    for place in range(start, start + 196):
+        damage(path, place)
+        with pytest.warns(UserWarning, match="is damaged: skipped 256 bytes"):
+            assert steps(tmp_path) == [0, 2]
+        damage(path, place)  # undone
+
+
+def test_append_scores_find_the_records_behind_a_hole(tmp_path: Path) -> None:
+    path = leave(tmp_path, *range(9))
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes(800) + data[1800:])
+    with pytest.warns(UserWarning, match="is damaged: skipped 1024 bytes at 1024"):
+        write(tmp_path, 9)
+    assert listed(tmp_path) == [0, 1, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("places", [(0,), (300,), (600,), (0, 511, 512)], ids=str)
+def test_append_scores_mend_a_damaged_header(tmp_path: Path, places: tuple[int, ...]) -> None:
+    path = leave(tmp_path, 0, 1, flushed=True)
+    for place in places:
+        damage(path, place)
     with pytest.warns(UserWarning, match="is damaged: skipped"):
-        AppendScores(tmp_path).flush()
-    assert steps(tmp_path) == [0, 2]
+        write(tmp_path, 2)
+    assert listed(tmp_path) == ([0, 1, 2] if max(places) < 512 else [1, 2])
 
 
-def test_append_scores_take_the_zeros_of_a_power_cut_for_a_torn_record(tmp_path: Path) -> None:
-    with leave_journal(tmp_path, 0).open("ab") as file:
-        file.write(bytes(4096))
-    with pytest.warns(UserWarning, match="ended in 4096 bytes"):
-        AppendScores(tmp_path).flush()
-    assert steps(tmp_path) == [0]
-
-
-@pytest.mark.parametrize("before", [0, 2])
-@pytest.mark.parametrize("after", [0, 2])
-def test_append_scores_survive_a_crash_between_the_list_and_the_journal(
-    tmp_path: Path, before: int, after: int
+@pytest.mark.parametrize("flushed_before", [(), (0,), (0, 1)], ids=str)
+def test_append_scores_take_the_zeros_of_a_power_cut_for_a_torn_record(
+    tmp_path: Path, flushed_before: tuple[int, ...]
 ) -> None:
-    journal = tmp_path / "mixture_scores.journal"
-    writer = AppendScores(tmp_path)
-    scores = R(float("nan"))  # the same entry every time, so that nothing but its place tells it apart
-    for _ in range(before):
-        writer.append(0, 0, scores)
-    writer.flush()
-    for _ in range(3):
-        writer.append(0, 0, scores)
-    unmerged = journal.read_bytes()
-    writer.flush()
-    journal.write_bytes(unmerged)  # as if the process had died before it removed the journal
-    assert len(read_scores(tmp_path)) == before + 3
-    resumed = AppendScores(tmp_path)
-    for _ in range(after):
-        resumed.append(0, 0, scores)
-    assert len(read_scores(tmp_path)) == before + 3 + after
-    resumed.close()
-    assert len(torch.load(tmp_path / "mixture_scores.pt")) == before + 3 + after
+    with leave(tmp_path, *flushed_before).open("ab") as file:
+        file.write(bytes(4096))
+    assert steps(tmp_path) == list(flushed_before)
+    with pytest.warns(UserWarning, match="ended in 4096 bytes"):
+        write(tmp_path, 5)
+    assert listed(tmp_path) == [*flushed_before, 5]
 
 
-def test_append_scores_lose_nothing_where_the_list_was_taken_away(tmp_path: Path) -> None:
-    writer = AppendScores(tmp_path)
+def test_append_scores_begin_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "mixture_scores.pt").touch()
+    assert steps(tmp_path) == []
+    write(tmp_path, 0)
+    assert listed(tmp_path) == [0]
+
+
+def test_append_scores_begin_anew_where_the_folder_was_deleted(tmp_path: Path) -> None:
+    writer = AppendScores(tmp_path / "run")
     writer.append(0, 0, R(0.0))
     writer.flush()
+    shutil.rmtree(tmp_path / "run")
+    writer.flush()
+    assert not (tmp_path / "run").exists()
     writer.append(1, 0, R(0.0))
-    (tmp_path / "mixture_scores.pt").unlink()
     writer.close()
-    assert steps(tmp_path) == [1]
+    assert listed(tmp_path / "run") == [1]
 
 
-def test_append_scores_lose_nothing_where_the_list_was_exchanged(tmp_path: Path) -> None:
-    other = AppendScores(tmp_path / "other")
-    for step in range(10, 15):
-        other.append(step, 0, R(0.0))
-    other.close()
+def test_append_scores_lose_nothing_where_the_file_was_exchanged(tmp_path: Path) -> None:
+    write(tmp_path / "other", 10, 11)
     writer = AppendScores(tmp_path / "run")
     writer.append(0, 0, R(0.0))
     (tmp_path / "other" / "mixture_scores.pt").rename(tmp_path / "run" / "mixture_scores.pt")
+    writer.append(1, 0, R(0.0))
     writer.close()
-    assert steps(tmp_path / "run") == [10, 11, 12, 13, 14, 0]
+    assert listed(tmp_path / "run") == [10, 11, 1]
 
 
 def test_append_scores_go_on_after_close(tmp_path: Path) -> None:
@@ -350,65 +450,112 @@ def test_append_scores_go_on_after_close(tmp_path: Path) -> None:
         writer.append(step, 0, R(0.0))
         writer.close()
         writer.close()
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1, 2]
+    assert listed(tmp_path) == [0, 1, 2]
+
+
+def test_append_scores_read_nothing_again_after_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    class Noted(Scan):
+        def __init__(self, path: Path, *, start: int = 0) -> None:
+            super().__init__(path, start=start)
+            starts.append(start)
+
+    monkeypatch.setattr("mixture_torch.writers.Scan", Noted)
+    writer = AppendScores(tmp_path)
+    for step in range(3):
+        writer.append(step, 0, R(0.0))
+        writer.close()
+    assert starts == [768, 1024]
 
 
 def test_append_scores_of_two_writers_in_one_folder_are_all_kept(tmp_path: Path) -> None:
     first, second = AppendScores(tmp_path), AppendScores(tmp_path)
     first.append(0, 0, R(0.0))
     second.append(1, 0, R(0.0))
-    first.close()  # and with it the journal that the second has open
+    first.close()
     second.append(2, 0, R(0.0))
     assert steps(tmp_path) == [0, 1, 2]
     first.append(3, 0, R(0.0))
     second.close()
     first.close()
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1, 2, 3]
+    assert listed(tmp_path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_append_scores_go_on_behind_a_list_that_somebody_saved(tmp_path: Path, legacy: bool) -> None:
+    write(tmp_path / "expected", 0, 1, 2)
+    write(tmp_path, 0, 1)
+    path = tmp_path / "mixture_scores.pt"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=not legacy)
+    assert steps(tmp_path) == [0, 1]
+    write(tmp_path, 2)
+    assert path.read_bytes() == (tmp_path / "expected" / "mixture_scores.pt").read_bytes()
+
+
+def test_append_scores_take_over_entries_of_one_storage(tmp_path: Path) -> None:
+    both = torch.arange(12.0).reshape(2, 2, 3)
+    entries = [{"step": step, "epoch": 0, "responsibilities": both[step].T.requires_grad_()} for step in range(2)]
+    torch.save(entries, tmp_path / "mixture_scores.pt")
+    write(tmp_path)
+    found = [entry["responsibilities"].tolist() for entry in torch.load(tmp_path / "mixture_scores.pt")]
+    assert found == [both[0].T.tolist(), both[1].T.tolist()]
+
+
+@pytest.mark.parametrize("entries", [[], None], ids=["saved", "superseded"])
+def test_append_scores_go_on_behind_an_empty_list(tmp_path: Path, entries: list[object] | None) -> None:
+    if entries is None:
+        write(tmp_path, 0)
+        AppendScores(tmp_path).supersede((0, 0), 1)
+    else:
+        torch.save(entries, tmp_path / "mixture_scores.pt")
+    assert steps(tmp_path) == listed(tmp_path) == []
+    write(tmp_path, 1)
+    assert listed(tmp_path) == [1]
 
 
 FOREIGN = {
     "text": b"not a checkpoint",
-    "empty": b"",
+    "short": b"mix",
+    "zip": b"PK\3\4" + bytes(range(256)) * 20,
     "state_dict": {"weight": torch.ones(2)},
     "other_list": [{"step": 1, "R": torch.ones(2, 2)}],
     "float64": [{"step": 1, "epoch": 0, "responsibilities": torch.ones(2, 2, dtype=torch.float64)}],
+    "vector": [{"step": 1, "epoch": 0, "responsibilities": torch.ones(2)}],
+    "long_step": [{"step": 2**63, "epoch": 0, "responsibilities": torch.ones(2, 2)}],
 }
 
 
+@pytest.mark.parametrize("method", ["append", "open", "supersede"])
 @pytest.mark.parametrize("value", FOREIGN.values(), ids=FOREIGN)
-def test_append_scores_leave_a_foreign_list_alone(tmp_path: Path, value: object) -> None:
+def test_append_scores_leave_a_foreign_file_alone(tmp_path: Path, value: object, method: str) -> None:
     path = tmp_path / "mixture_scores.pt"
     if isinstance(value, bytes):
         path.write_bytes(value)
     else:
         torch.save(value, path)
     before = contents(tmp_path)
+    writer = AppendScores(tmp_path)
+    arguments: dict[str, tuple[object, ...]] = {"append": (0, 0, R(0.0)), "supersede": ((0, 0), 1)}
     with pytest.raises(ValueError, match=r"mixture_scores.pt` must hold a list of entries .* move the file away"):
-        AppendScores(tmp_path).append(0, 0, R(0.0))
+        getattr(writer, method)(*arguments.get(method, ()))
+    writer.close()
     assert contents(tmp_path) == before
 
 
-def test_append_scores_leave_a_foreign_journal_alone(tmp_path: Path) -> None:
-    (tmp_path / "mixture_scores.journal").write_bytes(b"Dear diary,\n")
-    with pytest.raises(ValueError, match=r"mixture_scores.journal` must hold a journal .* move the file away"):
-        AppendScores(tmp_path).append(0, 0, R(0.0))
-    assert contents(tmp_path) == {"mixture_scores.journal": b"Dear diary,\n"}
-
-
-def test_append_scores_keep_in_the_journal_what_a_flush_cannot_write(tmp_path: Path, disk_with_room_for: Disk) -> None:
+def test_append_scores_flush_that_does_not_fit_costs_no_entry(tmp_path: Path, disk_with_room_for: Disk) -> None:
     writer = AppendScores(tmp_path)
     writer.append(0, 0, R(0.0, 1000, 8))
-    with disk_with_room_for(10_000), pytest.raises(OSError, match="too large"):
+    before = contents(tmp_path)
+    with disk_with_room_for(len(before["mixture_scores.pt"]) + 400), pytest.raises(OSError, match="too large"):
         writer.flush()
-    assert list(contents(tmp_path)) == ["mixture_scores.journal"]
+    assert contents(tmp_path) == before
     writer.append(1, 0, R(0.0))
     writer.close()
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1]
+    assert listed(tmp_path) == [0, 1]
 
 
-def test_append_scores_entry_that_does_not_fit_leaves_the_journal_as_it_was(
-    tmp_path: Path, disk_with_room_for: Disk
-) -> None:
+def test_append_scores_entry_that_does_not_fit_costs_no_other(tmp_path: Path, disk_with_room_for: Disk) -> None:
     writer = AppendScores(tmp_path)
     writer.append(0, 0, R(0.0))
     before = contents(tmp_path)
@@ -418,6 +565,103 @@ def test_append_scores_entry_that_does_not_fit_leaves_the_journal_as_it_was(
     writer.append(2, 0, R(0.0))
     writer.close()
     assert steps(tmp_path) == [0, 2]
+
+
+def test_append_scores_know_of_an_entry_whose_append_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = GrowingFile.append
+
+    def interrupted(file: GrowingFile, data: bytes) -> None:
+        append(file, data)
+        raise KeyboardInterrupt
+
+    writer = AppendScores(tmp_path)
+    writer.append(0, 0, R(0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowingFile, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.append(1, 0, R(0.0))
+    writer.append(2, 0, R(0.0))
+    writer.close()
+    assert listed(tmp_path) == [0, 1, 2]
+
+
+# mixture_scores.superseded-1.pt
+
+POSITIONS = [(0, 5), (0, 6), (1, 0), (0, 6), (1, 1), (0, 7), (1, 2)]  # (epoch, step), of runs one behind the other
+
+
+def write_positions(folder: Path, positions: list[tuple[int, int]]) -> AppendScores:
+    writer = AppendScores(folder)
+    for epoch, step in positions:
+        writer.append(step, epoch, R(epoch + step / 8, 5, 3))
+    writer.flush()
+    return writer
+
+
+@pytest.mark.parametrize("cut", [(0, 0), (0, 6), (0, 7), (1, 0), (1, 2), (1, 3), (2, 0)], ids=str)
+def test_supersede_moves_what_is_at_or_behind_the_position(tmp_path: Path, cut: tuple[int, int]) -> None:
+    moved = [position for position in POSITIONS if position >= cut]
+    kept = [position for position in POSITIONS if position < cut]
+    assert write_positions(tmp_path / "run", POSITIONS).supersede(cut, 3) == len(moved)
+    write_positions(tmp_path / "kept", kept).close()
+    write_positions(tmp_path / "moved", moved).close()
+    expected = {"mixture_scores.superseded-3.pt": contents(tmp_path / "moved")["mixture_scores.pt"]} if moved else {}
+    if kept:
+        expected |= contents(tmp_path / "kept")
+    else:
+        assert torch.load(tmp_path / "run" / "mixture_scores.pt") == []
+        (tmp_path / "run" / "mixture_scores.pt").unlink()
+    assert contents(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("cut", [(0, 6), (1, 2)], ids=["anywhere", "at_the_end"])
+def test_append_scores_go_on_behind_what_was_superseded(tmp_path: Path, cut: tuple[int, int]) -> None:
+    writer = write_positions(tmp_path / "run", POSITIONS)
+    writer.supersede(cut, 1)
+    writer.append(9, 9, R(9.0))
+    writer.close()
+    kept = [position for position in POSITIONS if position < cut]
+    found = torch.load(tmp_path / "run" / "mixture_scores.pt")
+    assert [(entry["epoch"], entry["step"]) for entry in found] == [*kept, (9, 9)]
+
+
+def test_supersede_makes_a_resumed_file_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    write(tmp_path / "whole", *range(8))
+    leave(tmp_path / "resumed", *range(6))
+    resumed = AppendScores(tmp_path / "resumed")
+    assert resumed.supersede((0, 4), 1) == 2
+    for step in range(4, 8):
+        resumed.append(step, 0, R(0.0, 1, 1))
+    resumed.close()
+    assert contents(tmp_path / "resumed")["mixture_scores.pt"] == contents(tmp_path / "whole")["mixture_scores.pt"]
+
+
+@pytest.mark.parametrize("cut", [(0, 6), (1, 2)], ids=["anywhere", "at_the_end"])
+def test_supersede_that_breaks_off_costs_no_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: tuple[int, int]
+) -> None:
+    writer = write_positions(tmp_path, POSITIONS)
+    replace = os.replace
+
+    def fail(old: Path, new: Path) -> None:
+        if new.name == "mixture_scores.pt":
+            raise OSError("no power")
+        replace(old, new)
+
+    def fail_to_cut(file: GrowingFile, size: int) -> None:
+        raise OSError("no power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        patch.setattr(GrowingFile, "cut", fail_to_cut)
+        with pytest.raises(OSError, match="no power"):
+            writer.supersede(cut, 1)
+    writer.append(9, 9, R(9.0))
+    writer.close()
+    found = torch.load(tmp_path / "mixture_scores.pt")
+    assert [(entry["epoch"], entry["step"]) for entry in found] == [*POSITIONS, (9, 9)]
 
 
 # mixture_scores/step_000123.pt
