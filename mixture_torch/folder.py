@@ -189,18 +189,21 @@ class RunFolder:
             self._warned_of_order = True
             warn_caller(
                 f"`{self._path}` got step {row.step} of epoch {row.epoch} after step {step} of epoch {epoch}, and "
-                "keeps both, as it will others; call `load_state_dict` first, which sets the later ones aside, or choose "
-                "another `log_dir`, or a `step` that counts on."
+                "keeps both, as it will others; call `load_state_dict` first, which sets the later ones aside, or "
+                "choose another `log_dir`, or a `step` that counts on."
             )
 
     def _complete(self) -> None:
         if not self._lock.is_held:  # then nothing is open, and what lies there may be another's
-            return
+            if "files" not in self._faults:
+                return
+            self._lock.acquire()
         with ExitStack() as stack:  # all of them, whatever one of them raises; the last one first
             if not self._users:
                 stack.callback(self._lock.release)
-            for writer in filter(None, (self._log, self._append)):
-                stack.callback(writer.flush if self._users else writer.close)
+            for writer in (self._log, self._append):
+                if writer is not None:
+                    stack.callback(writer.flush if self._users else writer.close)
 
     def _say_what_is_missing(self, for_good: bool) -> None:
         said = []
