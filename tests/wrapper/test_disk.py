@@ -278,3 +278,11 @@ def test_lock_does_without_where_the_file_system_has_none(
         lock.release()
     assert messages == []
     assert os.listdir(tmp_path) == []
+
+
+def test_lock_is_taken_where_files_have_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert lock.is_held
+    lock.release()

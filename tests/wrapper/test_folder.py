@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixture_torch.readers import read_scores
-from tests.wrapper.recording import HEADER, in_child, log, places, process, recorder, row, run, said, stats
+from tests.wrapper.recording import HEADER, in_child, log, log_later, places, process, recorder, row, run, said, stats
 from tests.wrapper.samples import contents
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -177,6 +177,31 @@ def test_collected_user_needs_no_one_else_to_be_warned(tmp_path: Path) -> None:
         log(one := recorder(tmp_path), 1)
         one.close()
     assert messages == []
+
+
+def test_folder_is_refused_when_a_row_is_logged_and_not_when_it_comes(tmp_path: Path) -> None:
+    (tmp_path / "mixture.csv").write_bytes(b"step,loss\n0,1.5\n")
+    with pytest.raises(ValueError, match="must begin with"):
+        log_later(recorder(tmp_path), 0)
+
+
+def test_user_collected_in_the_middle_of_anothers_write_takes_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(fd: int, data: bytes) -> int:
+        others.clear()
+        gc.collect()
+        return original(fd, data)
+
+    original, others = os.write, [recorder(tmp_path, store_scores=True)]
+    log(one := recorder(tmp_path, store_scores=True), 0)
+    with pytest.warns(UserWarning, match="is open in this process already"):
+        log_later(others[0], 2)
+    monkeypatch.setattr(os, "write", write)
+    log(one, 1)
+    one.close()
+    assert (tmp_path / "mixture.csv").read_bytes() == HEADER + row(0) + row(1) + row(2, 2)
+    assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2]
 
 
 # The order of rows

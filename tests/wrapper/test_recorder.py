@@ -12,8 +12,19 @@ import torch
 
 from mixture_torch.readers import read_scores
 from mixture_torch.recorder import Recorder
-from mixture_torch.reports import Report, numbers_of
-from tests.wrapper.recording import HEADER, broken, in_child, log, places, process, recorder, row, said, settle, stats
+from tests.wrapper.recording import (
+    HEADER,
+    broken,
+    in_child,
+    log,
+    log_later,
+    places,
+    process,
+    recorder,
+    row,
+    said,
+    settle,
+)
 from tests.wrapper.samples import contents
 
 SCORES: list[dict[str, Any]] = [{}, {"store_scores": True}, {"store_scores": True, "scores_mode": "per_step"}]
@@ -186,25 +197,12 @@ def test_rollback_in_the_same_process_supersedes(tmp_path: Path, options: dict[s
         assert entries(tmp_path) == [(0, 0, 1), (0, 1, 1), (0, 2, 0), (0, 3, 0)]
 
 
-class Event:
-    """Of a report that comes when somebody waits for it."""
-
-    def query(self) -> bool:
-        return False
-
-    def synchronize(self) -> None:
-        pass
-
-
 def test_rows_logged_before_a_checkpoint_is_loaded_are_written_before(tmp_path: Path) -> None:
     one = recorder(tmp_path)
     for step in (5, 6, 2):
         if step == 2:
             one.resumed()
-        given = stats(float(step))
-        report = Report(numbers_of(given), N=4, K=3, arrived=Event())  # type: ignore[arg-type]
-        one.expect(report)
-        one.record(given, report, step=step, epoch=0)
+        log_later(one, step)
     assert (tmp_path / "mixture.csv").read_bytes() == HEADER
     with said():
         settle(one)
