@@ -43,7 +43,7 @@ class Run:
         self._scores_mode = scores_mode
         self._was = was
         self._resumed = False
-        self._estimator = writer(folder, scores_mode)
+        self.estimator = writer(folder, scores_mode)
 
     def does(self, operations: Sequence[Operation]) -> None:
         """Does all."""
@@ -51,12 +51,12 @@ class Run:
             if isinstance(operation, tuple):
                 self._log(*operation)
             elif operation == "resume":
-                self._estimator.load_state_dict(self._estimator.state_dict())
+                self.estimator.load_state_dict(self.estimator.state_dict())
                 self._resumed = True
             elif operation == "reopen":
-                self._estimator = writer(self.folder, self._scores_mode)
+                self.estimator = writer(self.folder, self._scores_mode)
             else:
-                getattr(self._estimator, operation)()
+                getattr(self.estimator, operation)()
 
     def holds(self, steps: Sequence[Step] | None = None) -> Contents:
         """Returns what should be in the folder after these steps; None are those that it has logged."""
@@ -69,7 +69,7 @@ class Run:
         value = sum(map(len, self._was)) + len(self.logged) + (self.logging is not None)  # different from all others
         stats, record = sample(value, step=step, epoch=epoch)
         self.logging = Step(record, self._resumed)
-        self._estimator.log_step(step=step, epoch=epoch, stats=stats)
+        self.estimator.log_step(step=step, epoch=epoch, stats=stats)
         self.logged.append(self.logging)
         self.logging, self._resumed = None, False
 

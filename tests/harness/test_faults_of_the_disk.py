@@ -3,6 +3,7 @@
 import gc
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -169,9 +170,22 @@ def test_close_says_how_much_a_disk_does_not_take(small_disk: Path, scores_mode:
         assert f"{rows} rows and {entries} entries of responsibilities are kept in memory" in messages[0]
         with said() as messages:
             del run
-            gc.collect()
         assert f"{rows} rows and {entries} entries of responsibilities are lost" in messages[0]
     assert found(small_disk / "run") == in_files
+
+
+@modes
+@pytest.mark.filterwarnings("ignore")
+def test_fault_keeps_nobody_alive(tmp_path: Path, scores_mode: str) -> None:
+    run = Run(tmp_path / "run", scores_mode)
+    run.does(BEFORE)
+    with no_file_may_grow(tmp_path):
+        run.does(["close"])
+        gone = weakref.ref(run.estimator)
+        gc.disable()  # errors keep alive whoever called, in circles too
+        del run
+        gc.enable()
+        assert gone() is None
 
 
 def refused(
