@@ -67,7 +67,7 @@ class Disk:
             self.calls.append(Call(name, len(arguments[1]) if name == "write" else 0))
             if self._at is not None and self._fate and self._left and place >= self._at.call:
                 self._left -= 1
-                if place == self._at.call and self._at.written:
+                if place == self._at.call and name == "write" and self._at.written:
                     original(arguments[0], arguments[1][: self._at.written])
                 if name == "close" and self._fate is refuses:
                     original(*arguments)  # a file is closed, whatever becomes of what was written to it
