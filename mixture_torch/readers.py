@@ -115,7 +115,7 @@ def read_whole_lines(path: Path) -> bytes:
     Raises:
         ValueError: The file has another header.
     """
-    data = path.read_bytes()
+    data = path.read_bytes().rstrip(b"\0")  # which a power cut leaves where nothing had come to the disk yet
     if not (data.startswith(LOG_HEADER) or LOG_HEADER.startswith(data)):
         found = data.split(b"\n", 1)[0][:80].decode("ascii", errors="backslashreplace")
         raise ValueError(

@@ -133,6 +133,17 @@ def test_csv_writer_drops_what_a_crash_tore(tmp_path: Path, size: int) -> None:
     assert len(caught) == (size != len(HEADER))
 
 
+@pytest.mark.parametrize("rows", range(3))
+def test_csv_writer_drops_the_zeros_of_a_power_cut(tmp_path: Path, rows: int) -> None:
+    synced = HEADER + ROW * (rows - 1) if rows else b""
+    (tmp_path / "mixture.csv").write_bytes(synced + bytes(len(HEADER + ROW)))
+    writer = CsvWriter(tmp_path)
+    with pytest.warns(UserWarning, match="bytes of an unfinished write"):
+        writer.append(0, 0, 8, FIGURES)
+    writer.close()
+    assert (tmp_path / "mixture.csv").read_bytes() == (synced or HEADER) + ROW
+
+
 def test_csv_writer_goes_on_after_close(tmp_path: Path) -> None:
     writer = CsvWriter(tmp_path)
     for step in range(3):
