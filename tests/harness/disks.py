@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+FOR_GOOD = 10**9  # calls
 CHANGES = ("open", "write", "ftruncate", "replace", "rename", "fsync", "unlink", "mkdir", "close")
 
 
@@ -72,9 +73,14 @@ class Disk:
                 if name == "close" and self._fate is refuses:
                     original(*arguments)  # a file is closed, whatever becomes of what was written to it
                 self._fate()
-            return None if name == "fsync" else original(*arguments, **options)
+            result = None if name == "fsync" else original(*arguments, **options)
+            self.done(name, result, arguments)
+            return result
 
         return call
+
+    def done(self, name: str, result: Any, arguments: tuple[Any, ...]) -> None:
+        """Is told of every call that nothing happened at."""
 
 
 def dies() -> None:

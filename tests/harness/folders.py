@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_torch import MixtureStats, read_log, read_scores
-from mixture_torch.readers import LOG_HEADER, ScoreEntry, read_appended, read_shard
+from mixture_torch.readers import ScoreEntry, read_appended, read_shard, read_whole_lines
 
 Place = tuple[int, int]  # (epoch, step)
 Item = tuple[Place, bytes]  # a row or an entry: where in the run it belongs, and all that is in it
@@ -149,14 +149,12 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
 
 
 def _rows(path: Path) -> list[Item]:
-    header, *lines = path.read_bytes().splitlines(keepends=True) or [LOG_HEADER]
-    whole = [line for line in lines if line.endswith(b"\n")]
-    assert LOG_HEADER.startswith(header)
-    places = [(int(epoch), int(step)) for step, epoch, _ in (line.split(b",", 2) for line in whole)]
+    lines = read_whole_lines(path).splitlines(keepends=True)[1:]
+    places = [(int(epoch), int(step)) for step, epoch, _ in (line.split(b",", 2) for line in lines)]
     if path.name == "mixture.csv":
         log = read_log(path.parent)
         assert places == list(zip(log["epoch"].tolist(), log["step"].tolist(), strict=True))
-    return list(zip(places, whole, strict=True))
+    return list(zip(places, lines, strict=True))
 
 
 def _set_aside(path: Path) -> list[Item]:

@@ -40,6 +40,7 @@ class Run:
         self.folder = folder
         self.logged: list[Step] = []
         self.logging: Step | None = None
+        self.flushed = 0  # of those it has logged
         self._scores_mode = scores_mode
         self._was = was
         self._resumed = False
@@ -57,6 +58,7 @@ class Run:
                 self.estimator = writer(self.folder, self._scores_mode)
             else:
                 getattr(self.estimator, operation)()
+                self.flushed = len(self.logged)
 
     def holds(self, steps: Sequence[Step] | None = None) -> Contents:
         """Returns what should be in the folder after these steps; None are those that it has logged."""

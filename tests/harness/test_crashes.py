@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.disks import Died, Disk, Instant, dies, interrupts
+from tests.harness.disks import FOR_GOOD, Died, Disk, Instant, dies, interrupts
 from tests.harness.folders import Step, assert_nothing_lost, found, loaded
 from tests.harness.runs import SCENARIOS, Happening, Operation, Run, at_every_instant, scenarios
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what is said is not what is asked here
 
-FOR_GOOD = 10**9  # calls
 GO_ON: list[list[Operation]] = [
     [(2, 20), (2, 21), "flush", (2, 22), "close"],
     ["resume", (0, 3), (0, 4), "flush", (2, 22), "close"],
