@@ -190,6 +190,11 @@ class AppendScores:
             self._index.clear()
         self._was_open = True
 
+    @property
+    def end(self) -> int:
+        """Bytes up to the end of the last entry of the open file."""
+        return self._file.end
+
     def supersede(self, position: tuple[int, int], number: int) -> int:
         """Moves the entries at or behind a position to `mixture_scores.superseded-<number>.pt`.
 

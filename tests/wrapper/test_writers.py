@@ -264,6 +264,15 @@ def test_append_scores_of_the_same_entries_are_the_same_bytes(tmp_path: Path) ->
     assert contents(tmp_path / "killed") == contents(tmp_path / "at_once")
 
 
+def test_append_scores_say_where_the_last_entry_ends(tmp_path: Path) -> None:
+    writer = AppendScores(tmp_path)
+    writer.append(0, 0, R(0.0))
+    size = (tmp_path / "mixture_scores.pt").stat().st_size
+    writer.flush()
+    assert writer.end == size
+    writer.close()
+
+
 def test_append_scores_flush_without_news_does_no_work(tmp_path: Path) -> None:
     writer = AppendScores(tmp_path)
     writer.append(0, 0, R(0.0))
