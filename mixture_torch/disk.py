@@ -11,6 +11,7 @@ import socket
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ except ModuleNotFoundError:  # not on Windows, where nothing is locked
     fcntl = None
 
 LOCK_FILE = "mixture.lock"
+ATTEMPTS = 100  # to take a lock whose file is deleted again and again
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that know none
 
 
@@ -248,14 +250,16 @@ class FolderLock:
             return
         self._drop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        while self._fd is None:
+        for attempt in count(1):
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._lock(fd)
-                if _is_at(fd, self._path):  # and not deleted in between by the one who had it
+                # Not deleted in between by the one who had it; nor for ever where files have no identity to go by.
+                if _is_at(fd, self._path) or attempt == ATTEMPTS:
                     os.ftruncate(fd, 0)
                     _write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
                     self._fd, fd = fd, -1
+                    return
             finally:
                 if fd >= 0:
                     os.close(fd)

@@ -38,7 +38,7 @@ class RunFolder:
         self._append: AppendScores | None = None  # None where not in use
         self._users: set[object] = set()
         self._backlog = Backlog()
-        self._faults: dict[str, Exception] = {}  # what "rows" and "files" broke off with, until they work again
+        self._faults: dict[str, str] = {}  # why "rows" and "files" broke off, until they work again
         self._busy = False
         self._warned_of_order = False
 
@@ -138,13 +138,13 @@ class RunFolder:
         try:
             self._alone(action)
         except (OSError, ValueError) as error:
-            self._faults[part] = error
+            self._faults[part] = _cause(error)  # and not the error, which keeps alive whoever called
             if strict:
                 raise
             if was_well and not quiet:
                 warn_caller(
-                    f"`{self._path}` could not be written ({_cause(error)}): rows are kept in memory and tried again "
-                    "at every `log_step` and `flush`."
+                    f"`{self._path}` could not be written ({self._faults[part]}): rows are kept in memory and tried "
+                    "again at every `log_step` and `flush`."
                 )
         else:
             self._faults.pop(part, None)
@@ -189,25 +189,28 @@ class RunFolder:
             self._warned_of_order = True
             warn_caller(
                 f"`{self._path}` got step {row.step} of epoch {row.epoch} after step {step} of epoch {epoch}, and "
-                "keeps both, as it will others; call `load_state_dict` first, which sets the later ones aside, or choose "
-                "another `log_dir`, or a `step` that counts on."
+                "keeps both, as it will others; call `load_state_dict` first, which sets the later ones aside, or "
+                "choose another `log_dir`, or a `step` that counts on."
             )
 
     def _complete(self) -> None:
         if not self._lock.is_held:  # then nothing is open, and what lies there may be another's
-            return
+            if "files" not in self._faults:
+                return
+            self._lock.acquire()
         with ExitStack() as stack:  # all of them, whatever one of them raises; the last one first
             if not self._users:
                 stack.callback(self._lock.release)
-            for writer in filter(None, (self._log, self._append)):
-                stack.callback(writer.flush if self._users else writer.close)
+            for writer in (self._log, self._append):
+                if writer is not None:
+                    stack.callback(writer.flush if self._users else writer.close)
 
     def _say_what_is_missing(self, for_good: bool) -> None:
         said = []
         if self._faults:
             fate = "are lost" if for_good else "are kept in memory, and tried again at `log_step`, `flush` and `close`"
             said.append(
-                f"could not be written ({_cause(next(iter(self._faults.values())))}): {self._backlog.rows} rows and "
+                f"could not be written ({next(iter(self._faults.values()))}): {self._backlog.rows} rows and "
                 f"{self._backlog.entries} entries of responsibilities {fate}"
             )
         if self._backlog.dropped:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.readers import read_log
 from mixture_torch.recorder import Recorder
+from mixture_torch.reports import Report, numbers_of
 
 ROOT = Path(__file__).parents[2]
 HEADER = b"step,epoch,K,pi_min,pi_max,trace_B,opnorm_B\n"
@@ -41,6 +42,25 @@ def log(one: Recorder, *places: Place | int, value: float = 0.0, N: int = 4) -> 
         epoch, step = place if isinstance(place, tuple) else (0, place)
         one.record(stats(value, N), None, step=step, epoch=epoch)
         settle(one)
+
+
+class Later:
+    """Of a report that comes when somebody waits for it, as from a GPU."""
+
+    def query(self) -> bool:
+        """Not yet."""
+        return False
+
+    def synchronize(self) -> None:
+        """Now."""
+
+
+def log_later(one: Recorder, step: int) -> None:
+    """Records a step of epoch 0 whose report is on its way, and which has its number for a value."""
+    given = stats(float(step))
+    report = Report(numbers_of(given), N=4, K=3, arrived=Later())  # type: ignore[arg-type]
+    one.expect(report)
+    one.record(given, report, step=step, epoch=0)
 
 
 def settle(one: Recorder) -> None:
@@ -81,6 +101,19 @@ def broken(call: str, code: int = errno.ENOSPC) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, fail)
         yield
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Does something in a forked child, and returns its exit status: 0, or 1 where it raised."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def process(script: str, *arguments: object) -> "subprocess.Popen[str]":
