@@ -59,6 +59,9 @@ class Accumulator:
     def restart(self, standing: Standing) -> None:
         """Goes on from there."""
         self.standing = standing
+        # Told apart by the weights, sums of counts, which are the same wherever they are added up.
+        self._origin = digest(None if standing.state is None else standing.state.moments.weight.tolist())
+        self._n_updates = 0  # since then
         self._memory, self._graphs = Memory(), Graphs(self._config.core)
         self._last: ExactStats | None = None
         self._token: object = None  # of the step that is under way
@@ -124,7 +127,8 @@ class Accumulator:
         if ranks is None:
             return self._take(own(), None, continues=continues)
         n_waiting = None if waiting is None else len(waiting)
-        shared = digest(config.core, config.cross_rank, config.seed, config.strict, state is None, n_waiting, continues)
+        came = (self._origin, self._n_updates, n_waiting, continues)
+        shared = digest(config.core, config.cross_rank, config.seed, config.strict, *came)
         like = None if state is None or waiting is not None else state.moments.mean
         batch = exchange(config, own, ranks=ranks, digest=shared, like=like)
         return self._take(batch, ranks.peers if config.cross_rank == "reduce" else None, continues=continues)
@@ -177,6 +181,7 @@ class Accumulator:
         if report is None and stats.moments.weight.is_cuda:
             report = Report.of(shown)
         self.standing, self._last = Standing(state, start.waiting), shown
+        self._n_updates += 1
         return Updated(shown, report, rows.N)
 
     def _start(self, x: Tensor) -> Start:
