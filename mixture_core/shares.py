@@ -15,7 +15,12 @@ from mixture_core.step import MixtureState, history, match
 
 
 def advance_share(
-    state: MixtureState, embeddings: Tensor, labels: Tensor | None = None, *, peers: Peers, continues: bool = False
+    state: MixtureState,
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    peers: Peers,
+    continues: bool | Tensor = False,
 ) -> tuple[MixtureState, StepStats]:
     """Does what `advance` does with the rows of all ranks, of which this one has a share.
 
@@ -39,10 +44,9 @@ def advance_share(
     config = state.config
     x, moments = match(state, embeddings)
     index, R, batch, n_ignored, idle = _batch(config, x, moments, labels, peers)
-    before = moments if continues else history(config, moments, idle=idle)
-    new = merge(before, batch)
+    new = merge(history(config, moments, keep=idle | continues), batch)
     n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
-    if config.revives and not continues:
+    if config.revives and continues is False:
         new, n_revived = revive(new, batch.mean, x, index, R, revive_below=config.revive_below, peers=peers)
     stats = StepStats(moments=new, R=R, n_ignored=n_ignored, n_revived=n_revived)
     return MixtureState(config=config, moments=new), stats

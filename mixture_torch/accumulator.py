@@ -102,7 +102,9 @@ class Accumulator:
                 n_ignored=count + N,
                 n_revived=count,
             )
-            return self._commit(Start(state, self.standing.waiting), state, stats, Rows(N), None)
+            updated = self._commit(Start(state, self.standing.waiting), state, stats, Rows(N), None)
+        self._last = last  # a step under way goes on from what has counted
+        return updated
 
     def _replay(self, embeddings: Any) -> Updated | None:
         """What `update` does, where a graph that has been captured does it all."""
@@ -163,9 +165,11 @@ class Accumulator:
     ) -> tuple[MixtureState, StepStats]:
         """One step; where it continues one that had to start anew, with that one's earlier batches before it."""
         early = self._early if continues and start.anew else []
-        state = start.state
+        state, last = start.state, self._last
         for n, part in enumerate([*early, batch]):
-            further = continues if part is batch else n > 0
+            further: bool | Tensor = n > 0
+            if continues and not early and last is not None:  # what is idle is no part: the step is yet to decay
+                further = last.rows.n_ignored + last.n_ignored < last.rows.N
             if peers is not None:
                 state, stats = _advance_share(state, part, peers, continues=further)
             else:
@@ -205,7 +209,7 @@ class Accumulator:
 
 
 def _advance_share(
-    state: MixtureState, batch: Batch, peers: Peers, *, continues: bool
+    state: MixtureState, batch: Batch, peers: Peers, *, continues: bool | Tensor
 ) -> tuple[MixtureState, StepStats]:
     try:
         return advance_share(state, batch.x, batch.labels, peers=peers, continues=continues)
