@@ -231,11 +231,6 @@ class AppendScores:
         self.flush()
         return int(moves.sum())
 
-    @property
-    def end(self) -> int:
-        """Bytes up to the end of the last entry of the open file."""
-        return self._file.end
-
     def flush(self) -> None:
         """Completes the file if it has been opened, so that `torch.load` reads it, and brings it to the disk.
 
