@@ -5,12 +5,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_torch import MixtureStats
+from mixture_torch.accumulator import Accumulator, Updated
+from mixture_torch.distributed import Ranks
+from mixture_torch.reports import Report
 from tests.wrapper.matrix import EXCHANGES
 from tests.wrapper.ranks import WORLD, Case, Here, attempt, kill_in_collective
 from tests.wrapper.samples import all_bits, estimator, mixture
@@ -53,6 +57,24 @@ def strict_with_a_bad_row(here: Here, exchange: str) -> list[dict[str, Any]]:
     if here.rank == 2:
         bad[3] = NAN
     return [attempt(wrapper, batch, labels) for batch in (bad, x)]
+
+
+def unseen(here: Here, what: str) -> list[dict[str, Any]]:
+    """A fault of rank 1, or a state_dict that it has loaded alone, where ranks reduce and do not wait for entries."""
+    commit = Accumulator._commit
+
+    def with_report(*arguments: Any) -> Updated:
+        updated = commit(*arguments)
+        return updated._replace(report=Report.of(updated.stats))
+
+    with patch.object(Ranks, "on_gpu", True), patch.object(Accumulator, "_commit", with_report):
+        wrapper = estimator(cross_rank="reduce", revive_below=0)
+        steps = [attempt(wrapper, *shares(step)[here.rank]) for step in range(2)]
+        if what == "loaded" and here.rank == 1:
+            wrapper.load_state_dict(wrapper.state_dict())
+        x, labels = shares(2)[here.rank]
+        steps.append(attempt(wrapper, x[:, :3] if what == "fault" and here.rank == 1 else x, labels))
+        return steps + [attempt(wrapper, *shares(step)[here.rank]) for step in range(3, 6)]
 
 
 # Faults
@@ -245,6 +267,8 @@ def dtensors(here: Here) -> dict[str, Any]:
 
 
 CASES: dict[str, Case] = {
+    "unseen fault": partial(unseen, what="fault"),
+    "unseen loaded": partial(unseen, what="loaded"),
     "apart": apart,
     "one folder": partial(files, name="run"),
     "a folder each": partial(files, name=None),

@@ -240,3 +240,37 @@ def test_model_in_parallel_does_not_hold_the_estimators_state(results: Results) 
 def test_estimator_in_a_model_in_parallel_ends_in_the_same_bits_on_all_ranks(results: Results) -> None:
     first, second = results("data parallel", (0, 1))
     assert first["state"] == second["state"]
+
+
+# Ranks that reduce and do not wait for one another, as on GPUs
+
+
+@ranks
+def test_fault_that_nobody_has_seen_changes_nothing(rank: int, results: Results) -> None:
+    found = results("unseen fault")[rank]
+    assert bits({key: found[2]["stats"][key] for key in ("pi", "mu", "Sigma")}) == bits(
+        {key: found[1]["stats"][key] for key in ("pi", "mu", "Sigma")}
+    )
+    assert not found[2]["stats"]["R"].any()
+
+
+def test_fault_that_nobody_has_seen_is_raised_on_all_at_the_next_update(results: Results) -> None:
+    found = [steps[3] for steps in results("unseen fault")]
+    assert [refused["error"] for refused in found] == ["ValueError"] * WORLD
+    assert found[1]["message"].startswith("`embeddings` must have shape (N, 4), got (3, 3)")
+    assert all("on every rank, but rank 1 had none" in found[other]["message"] for other in (0, 2, 3))
+
+
+@ranks
+def test_ranks_go_on_together_after_an_unseen_fault(rank: int, results: Results) -> None:
+    wrapper = estimator(revive_below=0)
+    for step in (0, 1, 4, 5):
+        stats = wrapper.update(*mixture(19, seed=step))
+    assert_state_close(results("unseen fault")[rank][5], stats)
+
+
+@ranks
+def test_state_that_one_rank_has_loaded_unseen_is_never_mixed_with_others(rank: int, results: Results) -> None:
+    found = results("unseen loaded")[rank]
+    assert [step.get("error") for step in found] == [None, None, None, "ValueError", None, "ValueError"]
+    assert not found[4]["stats"]["R"].any()
