@@ -8,7 +8,7 @@ lives, and what is interrupted goes on at the next call: each part is marked as 
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -198,12 +198,22 @@ class RunFolder:
             if "files" not in self._faults:
                 return
             self._lock.acquire()
-        with ExitStack() as stack:  # all of them, whatever one of them raises; the last one first
+        try:  # all of them, whatever one of them raises
+            try:
+                self._complete_one(self._append)
+            finally:
+                self._complete_one(self._log)
+        finally:
             if not self._users:
-                stack.callback(self._lock.release)
-            for writer in (self._log, self._append):
-                if writer is not None:
-                    stack.callback(writer.flush if self._users else writer.close)
+                self._lock.release()
+
+    def _complete_one(self, writer: CsvWriter | AppendScores | None) -> None:
+        if writer is None:
+            return
+        if self._users:
+            writer.flush()
+        else:
+            writer.close()
 
     def _say_what_is_missing(self, for_good: bool) -> None:
         said = []
