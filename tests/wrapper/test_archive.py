@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixture_torch.archive import HEADER, MARKER, Entry, archive, parse, record, tail
 from mixture_torch.scan import Scan
-from mixture_torch.writers import AppendScores
+from mixture_torch.scores import AppendScores
 
 Items = list[tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]]
 
