@@ -15,15 +15,20 @@ from mixture_core.step import MixtureState, history, match
 
 
 def advance_share(
-    state: MixtureState, embeddings: Tensor, labels: Tensor | None = None, *, peers: Peers, continues: bool = False
+    state: MixtureState,
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    peers: Peers,
+    continues: bool | Tensor = False,
 ) -> tuple[MixtureState, StepStats]:
     """Does what `advance` does with the rows of all ranks, of which this one has a share.
 
     The new state is the same on all ranks, R is of the share, n_ignored of all rows. For each of max_assign_iters
-    iterations the ranks add up counts and sums of x minus the centroid that all of them have, K (1 + D) numbers, and in
-    the end, about the means that come of it, the lower triangles of the scatter, K D (D + 1) / 2 numbers; two more
-    count rows. Where a component is dead, moving it takes 1,026 + 2 D + K and one per rank more; on a GPU, where nobody
-    looks whether one is, at every step.
+    iterations, of labels for two, the ranks add up counts and sums of x minus the centroid that all of them have,
+    K (1 + D) numbers, and in the end, about the means that come of it, the lower triangles of the scatter,
+    K D (D + 1) / 2 numbers; two more count rows. Where a component is dead, moving it takes 1,027 + 2 D + K and one per
+    rank more; on a GPU, where nobody looks whether one is, at every step.
 
     Args:
         state: The same on all ranks.
@@ -39,10 +44,9 @@ def advance_share(
     config = state.config
     x, moments = match(state, embeddings)
     index, R, batch, n_ignored, idle = _batch(config, x, moments, labels, peers)
-    before = moments if continues else history(config, moments, idle=idle)
-    new = merge(before, batch)
+    new = merge(history(config, moments, keep=idle | continues), batch)
     n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
-    if config.revives and not continues:
+    if config.revives and continues is False:
         new, n_revived = revive(new, batch.mean, x, index, R, revive_below=config.revive_below, peers=peers)
     stats = StepStats(moments=new, R=R, n_ignored=n_ignored, n_revived=n_revived)
     return MixtureState(config=config, moments=new), stats
@@ -54,8 +58,10 @@ def _batch(
     """The component of each row and the same as R; of all ranks, the moments, the ignored rows, and whether all are."""
     (N, D), K, centroids = x.shape, config.K, moments.mean
     given = labelled(x, as_labels(labels, N=N, device=x.device), K) if config.uses_labels else None
+    # A label's rows may be far from where its mean has been: the second time, they are about means of their own.
+    iterations = config.max_assign_iters if given is None else 2
     index, R, rows = _assign(x, centroids, given)
-    for _ in range(config.max_assign_iters - 1):  # of labels too: the second time, rows are about means of their own
+    for _ in range(iterations - 1):
         sums = peers.total(torch.cat([R.sum(dim=0)[:, None], R.mT @ rows], dim=1))
         centroids = centroids + safe_divide(sums[:, 1:], sums[:, :1])
         index, R, rows = _assign(x, centroids, given)

@@ -81,7 +81,7 @@ def advance(
     embeddings: Tensor,
     labels: Tensor | None = None,
     *,
-    continues: bool = False,
+    continues: bool | Tensor = False,
     work: Workspace | None = None,
 ) -> tuple[MixtureState, StepStats]:
     """Does what `step` does, and may write to given memory, as in `absorb`.
@@ -91,7 +91,8 @@ def advance(
         embeddings: As in `step`.
         labels: As in `step`.
         continues: Whether the batch is a further part of the one that the state has seen last: then nothing decays, and
-            no component is moved.
+            no component is moved. Where it is one, but maybe the first with a usable row, () bool says whether it is
+            not: what was idle has not decayed anything.
         work: Memory, as in `absorb`; None is new memory. Where it is given, only the lower triangle of the new
             covariance is right, and only that of the state's has to be.
 
@@ -104,9 +105,9 @@ def advance(
     index, R = _members(config, x, moments, labels, iterations=config.max_assign_iters, work=work)
     ignored = index == config.K
     n_ignored = ignored.sum()
-    before = moments if continues else history(config, moments, idle=n_ignored == x.shape[0])
+    before = history(config, moments, keep=(n_ignored == x.shape[0]) | continues)
     new, batch_mean = absorb(before, x, index, work=work)
-    if config.revives and not continues:
+    if config.revives and continues is False:
         new, n_revived = revive(new, batch_mean, x, index, R, revive_below=config.revive_below)
     else:
         n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -155,21 +156,27 @@ def _members(
     return nearest_means(x, moments.mean, iterations=iterations, work=work)
 
 
-def history(config: MixtureConfig, moments: Moments, *, idle: Tensor) -> Moments:
+def history(config: MixtureConfig, moments: Moments, *, keep: Tensor) -> Moments:
     """Returns what a batch is merged into: the decayed moments in `mode: ema`, else nothing but k-means' centroids.
 
-    An idle step, one without a usable row, decays and forgets nothing.
+    Args:
+        config: The choices.
+        moments: So far.
+        keep: () bool, whether to return them as they are: an idle step, one without a usable row, decays and forgets
+            nothing, nor does a further part of a step.
     """
+    if looks(keep, moments.weight) and keep:
+        return moments
     if config.averages:
         decayed = decay(moments, config.ema_decay)
-        if looks(idle, moments.weight) and not idle:
+        if looks(keep, moments.weight):
             return decayed
         return Moments(
-            weight=torch.where(idle, moments.weight, decayed.weight), mean=moments.mean, covariance=moments.covariance
+            weight=torch.where(keep, moments.weight, decayed.weight), mean=moments.mean, covariance=moments.covariance
         )
-    keep = idle.to(moments.weight.dtype)
+    kept = keep.to(moments.weight.dtype)
     return Moments(
-        weight=moments.weight * keep,
-        mean=moments.mean * keep if config.uses_labels else moments.mean,
-        covariance=moments.covariance * keep,
+        weight=moments.weight * kept,
+        mean=moments.mean * kept if config.uses_labels else moments.mean,
+        covariance=moments.covariance * kept,
     )

@@ -59,6 +59,9 @@ class Accumulator:
     def restart(self, standing: Standing) -> None:
         """Goes on from there."""
         self.standing = standing
+        # Told apart by the weights, sums of counts, which are the same wherever they are added up.
+        self._origin = digest(None if standing.state is None else standing.state.moments.weight.tolist())
+        self._n_updates = 0  # since then
         self._memory, self._graphs = Memory(), Graphs(self._config.core)
         self._last: ExactStats | None = None
         self._token: object = None  # of the step that is under way
@@ -99,7 +102,9 @@ class Accumulator:
                 n_ignored=count + N,
                 n_revived=count,
             )
-            return self._commit(Start(state, self.standing.waiting), state, stats, Rows(N), None)
+            updated = self._commit(Start(state, self.standing.waiting), state, stats, Rows(N), None)
+        self._last = last  # a step under way goes on from what has counted
+        return updated
 
     def _replay(self, embeddings: Any) -> Updated | None:
         """What `update` does, where a graph that has been captured does it all."""
@@ -124,7 +129,8 @@ class Accumulator:
         if ranks is None:
             return self._take(own(), None, continues=continues)
         n_waiting = None if waiting is None else len(waiting)
-        shared = digest(config.core, config.cross_rank, config.seed, config.strict, state is None, n_waiting, continues)
+        came = (self._origin, self._n_updates, n_waiting, continues)
+        shared = digest(config.core, config.cross_rank, config.seed, config.strict, *came)
         like = None if state is None or waiting is not None else state.moments.mean
         batch = exchange(config, own, ranks=ranks, digest=shared, like=like)
         return self._take(batch, ranks.peers if config.cross_rank == "reduce" else None, continues=continues)
@@ -159,9 +165,11 @@ class Accumulator:
     ) -> tuple[MixtureState, StepStats]:
         """One step; where it continues one that had to start anew, with that one's earlier batches before it."""
         early = self._early if continues and start.anew else []
-        state = start.state
+        state, last = start.state, self._last
         for n, part in enumerate([*early, batch]):
-            further = continues if part is batch else n > 0
+            further: bool | Tensor = n > 0
+            if continues and not early and last is not None:  # what is idle is no part: the step is yet to decay
+                further = last.rows.n_ignored + last.n_ignored < last.rows.N
             if peers is not None:
                 state, stats = _advance_share(state, part, peers, continues=further)
             else:
@@ -177,6 +185,7 @@ class Accumulator:
         if report is None and stats.moments.weight.is_cuda:
             report = Report.of(shown)
         self.standing, self._last = Standing(state, start.waiting), shown
+        self._n_updates += 1
         return Updated(shown, report, rows.N)
 
     def _start(self, x: Tensor) -> Start:
@@ -200,7 +209,7 @@ class Accumulator:
 
 
 def _advance_share(
-    state: MixtureState, batch: Batch, peers: Peers, *, continues: bool
+    state: MixtureState, batch: Batch, peers: Peers, *, continues: bool | Tensor
 ) -> tuple[MixtureState, StepStats]:
     try:
         return advance_share(state, batch.x, batch.labels, peers=peers, continues=continues)

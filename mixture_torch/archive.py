@@ -44,7 +44,7 @@ ENTRIES = np.dtype([("offset", ">i8"), ("epoch", ">i8"), ("step", ">i8"), ("N", 
 PACKED_KEY = ENTRY.size - 4
 KEY = ("key", f"S{2 * PACKED_KEY}")
 NAME = slice(FIXED_SIZE + len(DATA), FIXED_SIZE + len(DATA) + 2 * PACKED_KEY)  # of a record: the key in its header
-AT_ONCE = 1 << 12  # entries turned into bytes
+AT_ONCE = 1 << 10  # entries turned into bytes
 
 
 class Entry(NamedTuple):

@@ -65,8 +65,8 @@ def exchange(
     """Returns the batch of all ranks, in rank order; where they reduce, this rank's share of it.
 
     All ranks take part whatever becomes of their own batch, and where one of them cannot use its own, all raise its
-    error. Ranks that reduce on GPUs do not wait for one another's faults: the step then changes nothing on any of them,
-    and a doubt is left.
+    error. Ranks that reduce on GPUs do not wait for one another: they go on, to a step that then changes nothing on any
+    of them, and a doubt is left.
 
     Args:
         config: The choices.
@@ -92,19 +92,31 @@ def exchange(
         nothing = torch.zeros(0, 1) if like is None else like[:0]
         batch = Batch(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), 0, nothing)
     N, D = batch.x.shape
-    entries = ranks.enter(Entry(N, D, digest, fault), [doubt.value for doubt in batch.doubts if not waits])
-    if waits:
+    entries = ranks.enter(Entry(N, D, digest, waits, fault), [doubt.value for doubt in batch.doubts if not waits])
+    if not waits:
+        return _unseen(batch, entries, fault)
+    try:
         sizes = ranks.settle(entries, fault)
-        if reduces:
-            everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
-            return Batch(batch.x, batch.labels, sum(sizes), everyone)
-        x, labels = ranks.gather(batch.x, sizes), batch.labels
-        return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
-    wrong = entries[:, 0] > 0
+    except Exception as error:
+        going_on = entries[entries[:, 4] == 0]
+        if not len(going_on):
+            raise
+        nothing = batch.x.new_zeros(0, int(going_on[0, 2]))
+        return _unseen(Batch(nothing, None if batch.labels is None else batch.labels[:0], 0, nothing), entries, error)
+    if reduces:
+        everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
+        return Batch(batch.x, batch.labels, sum(sizes), everyone)
+    x, labels = ranks.gather(batch.x, sizes), batch.labels
+    return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
+
+
+def _unseen(batch: Batch, entries: Tensor, fault: Exception | None) -> Batch:
+    """The share of a batch that may be none, where nobody has looked at what the ranks have entered."""
+    wrong = (entries[:, 0] > 0) | (entries[:, 3] != entries[0, 3])
     odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
     x = torch.where(wrong.any(), torch.nan, batch.x)  # nobody's rows count
-    own_doubts = batch.doubts if fault is None else (Doubt(odd, partial(_raise, fault)),)
-    return Batch(x, batch.labels, entries[:, 1].sum(), x, (*own_doubts, Doubt(odd, _refuse_rank)))
+    own = batch.doubts if fault is None else (Doubt(odd, partial(_raise, fault)),)
+    return Batch(x, batch.labels, entries[:, 1].sum(), x, (*own, Doubt(odd, _refuse_rank)))
 
 
 def settle(doubt: Doubt, *, at: str = "") -> None:
@@ -126,7 +138,10 @@ def _refuse_label(K: int, label: int, at: str) -> None:
 
 
 def _refuse_rank(rank: int, at: str) -> None:
-    raise ValueError(f"`update` must get a usable batch on every rank, but rank {rank} raised{at}; see its error.")
+    raise ValueError(
+        f"`update` must get a usable batch, with the same options and updates behind it, on every rank, but rank "
+        f"{rank} had none{at}; see its error."
+    )
 
 
 def _raise(error: Exception, _: int, __: str) -> None:

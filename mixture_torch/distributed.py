@@ -22,6 +22,7 @@ class Entry(NamedTuple):
     N: int
     D: int
     digest: int  # of what has to be the same on all ranks
+    waits: bool  # for the others' entries
     fault: Exception | None = None
 
 
@@ -59,13 +60,13 @@ class Ranks:
         return self.device.type != "cpu"
 
     def enter(self, entry: Entry, doubts: list[Tensor]) -> Tensor:
-        """Returns the entries of all ranks, as `settle` reads them, (W, 4) int64; on a GPU nobody waits for them.
+        """Returns the entries of all ranks, as `settle` reads them, (W, 5) int64; on a GPU nobody waits for them.
 
         Args:
             entry: This rank's.
             doubts: Each () int64, not negative where there is a fault that nobody has seen yet.
         """
-        values = [entry.fault is not None, entry.N, entry.D, entry.digest]
+        values = [entry.fault is not None, entry.N, entry.D, entry.digest, entry.waits]
         own = torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
         for doubt in doubts:
             own[0] += doubt >= 0
@@ -82,7 +83,7 @@ class Ranks:
             Exception: A rank has entered with a fault, which is raised on every rank.
             ValueError: Ranks differ in D, in options or in state; on every rank.
         """
-        faults, sizes, widths, digests = zip(*entries.tolist(), strict=True)
+        faults, sizes, widths, digests, _ = zip(*entries.tolist(), strict=True)
         if any(faults):
             raise self._error_of(faults.index(1), fault) from fault
         for rank, D in _odd(widths):

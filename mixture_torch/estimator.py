@@ -50,7 +50,7 @@ class MixtureStats:
         scores_mode: `append`: all in one file; `per_step`: one file per step.
         max_assign_iters: Lloyd iterations per step.
         seed: Of the estimator's own random numbers.
-        strict: Raise where rows would be ignored.
+        strict: Raise where rows would be ignored, where the disk fails, and where memory runs out.
         revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
         compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a fraction of the host's time. Not where
             `strict` has to wait anyway.
@@ -216,8 +216,9 @@ class MixtureStats:
 
         Raises:
             TypeError: `step` or `epoch` is no integer, or `stats` no mapping.
-            ValueError: One of them is negative, or there has been no update.
-            OSError: The row could not be written.
+            ValueError: One of them is negative, there has been no update, a file in `log_dir` is not ours, or another
+                process writes there.
+            OSError: `strict`, and the row could not be written; it is kept, and written with the next.
         """
         if not self.enabled:
             return
@@ -286,7 +287,7 @@ class MixtureStats:
         """Makes all files complete: `mixture_scores.pt` holds all that was logged.
 
         Raises:
-            OSError: A file could not be written.
+            OSError: `strict`, and a file could not be written; the rows are kept.
         """
         self._settle()
         self._recorder.flush()
@@ -295,7 +296,7 @@ class MixtureStats:
         """Makes all files complete and closes them; a later `log_step` opens them again.
 
         Raises:
-            OSError: A file could not be written.
+            OSError: `strict`, and a file could not be written; the rows are kept.
         """
         self._settle()
         self._recorder.close()

@@ -16,7 +16,8 @@ from torch import Tensor
 from mixture_torch.backlog import Backlog, Mode, Row
 from mixture_torch.caller import warn_caller
 from mixture_torch.disk import FolderLock
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+from mixture_torch.scores import AppendScores, PerStepScores
+from mixture_torch.writers import CsvWriter
 
 
 class RunFolder:

@@ -22,18 +22,19 @@ def full_float32(beside: object) -> Iterator[None]:
     """
     device_type = beside.device.type if isinstance(beside, Tensor) and not beside.is_meta else "cpu"
     reduced = [(matmul, matmul.fp32_precision) for matmul in MATMULS if matmul.fp32_precision not in ("ieee", "none")]
-    for matmul, _ in reduced:
-        matmul.fp32_precision = "ieee"
+    grad = torch.is_grad_enabled()
     try:
+        for matmul, _ in reduced:
+            matmul.fp32_precision = "ieee"
         with ExitStack() as stack:  # each only where it is needed: together they took a tenth of a small update
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))  # which turns gradients on
-            if torch.is_grad_enabled():
-                stack.enter_context(torch.no_grad())
+            torch.set_grad_enabled(False)
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             yield
-    finally:
+    finally:  # and not by a `no_grad` on the stack, to which an interrupt can come before the stack knows of it
+        torch.set_grad_enabled(grad)
         for matmul, precision in reduced:
             matmul.fp32_precision = "none"  # as it was if it follows the setting of all backends
             if matmul.fp32_precision != precision:

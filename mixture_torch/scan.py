@@ -43,12 +43,9 @@ class Scan:
             while self.size < size:
                 found = _read(file, self.size, size)
                 if found is None:
-                    if self.size and _is_tail(file, self.size):
-                        break
                     behind = _next_start(file, max(self.size + ALIGNMENT, len(HEADER)), size)
                     if behind is None:
-                        self.torn = size - self.size
-                        self.is_ours = self.size > 0 or _is_begun(file, size)
+                        self._end(file, size)
                         break
                     # Again: a writer was in the middle of it, maybe, but no longer if there is more behind it.
                     found = _read(file, self.size, size)
@@ -57,6 +54,12 @@ class Scan:
                         continue
                 yield found
                 self.size = found[0].end
+
+    def _end(self, file: FileIO, size: int) -> None:
+        if not self.size:
+            self.is_ours = _is_begun(file, size)
+        if not _is_tail(file, self.size):
+            self.torn = size - self.size
 
     def _skip_to(self, behind: int) -> None:
         message = f"`{self._path}` is damaged: skipped {behind - self.size} bytes at {self.size}."
@@ -81,13 +84,19 @@ def mended(path: Path) -> Iterator[bytes]:
 
 def _read(file: FileIO, position: int, size: int) -> tuple[Entry, Array] | None:
     """Returns the entry at a position, None unless all of it is there and its checksum is right."""
-    entry = parse(_bytes_at(file, position, LOCAL_SIZE))
-    if entry is None or entry.offset != position or entry.end > size:
+    entry = _entry_at(file, position)
+    if entry is None or entry.end > size:
         return None
     R = np.empty((entry.N, entry.K), "<f4")
     data = R.reshape(-1).view(np.uint8).data
     _fill(file, position + LOCAL_SIZE, data)
     return (entry, R) if zlib.crc32(data) == entry.crc else None
+
+
+def _entry_at(file: FileIO, position: int) -> Entry | None:
+    """Returns the entry whose record begins at a position, None where no record does, or one that belongs elsewhere."""
+    entry = parse(_bytes_at(file, position, LOCAL_SIZE))
+    return entry if entry is not None and entry.offset == position else None
 
 
 def _next_start(file: FileIO, position: int, size: int) -> int | None:
@@ -97,8 +106,7 @@ def _next_start(file: FileIO, position: int, size: int) -> int | None:
         words = np.frombuffer(data, "<u4", count=len(data) // ALIGNMENT * ALIGNMENT // 4)
         for block in np.flatnonzero(np.isin(words[:: ALIGNMENT // 4], STARTS)):
             start = place + ALIGNMENT * int(block)
-            entry = parse(_bytes_at(file, start, LOCAL_SIZE))
-            if _is_tail(file, start) or (entry is not None and entry.offset == start):
+            if _is_tail(file, start) or _entry_at(file, start) is not None:
                 return start
     return None
 

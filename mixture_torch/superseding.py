@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mixture_torch.caller import warn_caller
 from mixture_torch.readers import SUPERSEDED_LIST, SUPERSEDED_LOG, SUPERSEDED_SHARDS
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+from mixture_torch.scores import AppendScores, PerStepScores
+from mixture_torch.writers import CsvWriter
 
 
 class Superseding:

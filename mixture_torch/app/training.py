@@ -101,7 +101,7 @@ def train(
         if checkpoint is not None:
             parts = _parts(model, optimizer, schedule, estimator)
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_atomically(checkpoint, {**states, "epoch": epoch + 1, "step": step})
+            save_atomically(checkpoint, {**states, "epoch": epoch + 1, "step": step}, durable=True)
 
 
 def restore(

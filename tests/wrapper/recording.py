@@ -58,7 +58,7 @@ class Later:
 def log_later(one: Recorder, step: int) -> None:
     """Records a step of epoch 0 whose report is on its way, and which has its number for a value."""
     given = stats(float(step))
-    report = Report(numbers_of(given), N=4, K=3, arrived=Later())  # type: ignore[arg-type]
+    report = Report(numbers_of(given), K=3, arrived=Later())  # type: ignore[arg-type]
     one.expect(report)
     one.record(given, report, step=step, epoch=0)
 

@@ -86,11 +86,11 @@ def one_hot(labels: Tensor, K: int = 3) -> Tensor:
     return torch.nn.functional.one_hot(labels, K).double()
 
 
-def update_quietly(estimator: MixtureStats, *batch: Any) -> dict[str, Tensor]:
+def update_quietly(estimator: MixtureStats, *batch: Any, step: Any = None) -> dict[str, Tensor]:
     """Updates without a warning about ignored rows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* rows ignored")
-        return dict(estimator.update(*batch))
+        return dict(estimator.update(*batch, step=step))
 
 
 def log_steps(estimator: MixtureStats, steps: int = 3, *, epoch: int = 0) -> list[dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixture_torch.archive import HEADER, MARKER, Entry, archive, parse, record, tail
 from mixture_torch.scan import Scan
-from mixture_torch.writers import AppendScores
+from mixture_torch.scores import AppendScores
 
 Items = list[tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]]
 
@@ -213,12 +213,20 @@ def test_scan_takes_a_record_that_is_finished_while_it_looks(path: Path, monkeyp
     assert scanned(path) == entries
 
 
-def test_scan_does_not_believe_a_record_that_says_it_is_elsewhere(path: Path) -> None:
+def test_scan_goes_on_behind_a_tail_that_should_have_gone(path: Path) -> None:
+    data, entries = path.read_bytes(), scanned(path)
+    place = entries[-1].end + 320
+    last, appended = record(place, 10, 1, ENTRIES[0][2])
+    path.write_bytes(data[:place] + appended)
+    with pytest.warns(UserWarning, match=f"is damaged: skipped 320 bytes at {entries[-1].end}"):
+        assert scanned(path) == [*entries, last]
+
+
+@pytest.mark.parametrize("front", [b"?" * 64, HEADER + bytes(64)], ids=["without_header", "with_header"])
+def test_scan_does_not_believe_a_record_that_says_it_is_elsewhere(path: Path, front: bytes) -> None:
     records = path.read_bytes()[len(HEADER) : scanned(path)[-1].end]
-    path.write_bytes(b"?" * 64 + records)
-    scan = Scan(path)
-    assert list(scan) == []
-    assert not scan.is_ours
+    path.write_bytes(front + records)
+    assert scanned(path) == []
 
 
 def test_writer_keeps_little_in_memory(tmp_path: Path) -> None:

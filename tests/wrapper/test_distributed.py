@@ -1,195 +1,276 @@
-"""Three real gloo processes against one: who sees whose rows, who writes, and that nobody waits for ever."""
+"""Four real gloo processes against one: who sees whose rows, who writes, and what comes of a rank that is wrong."""
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from mixture_torch import read_log, read_scores
-from tests.wrapper.ranks import FAULTS, KINDS, LABELLED, SIZES, WORLD, run_cases, shares
+from tests.tolerances import FLOAT32
+from tests.wrapper.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, WHEN, shares
+from tests.wrapper.matrix import EXCHANGES
+from tests.wrapper.ranks import WORLD, Results
 from tests.wrapper.samples import assert_close, bits, estimator, mixture
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-LIMIT = 60.0  # seconds for all cases
-
 ranks = pytest.mark.parametrize("rank", range(WORLD))
+exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
+whens = pytest.mark.parametrize("when", WHEN)
+kinds = pytest.mark.parametrize("kind", FAULTS)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the ranks worked, after they have ended."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = start_processes(run_cases, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
-    deadline = time.monotonic() + LIMIT
-    try:
-        while not context.join(timeout=1.0):
-            if time.monotonic() > deadline:
-                pytest.fail(f"the ranks took more than {LIMIT:.0f} s")
-    except (ProcessExitedException, ProcessRaisedException) as error:  # cases after the one that failed have no result
-        (folder / "error.txt").write_text(str(error))
-    finally:
-        for process in context.processes:
-            process.kill()
-    return folder
+def assert_state_close(found: dict[str, Any], expected: Any) -> None:
+    """Compares all but R, which is each rank's own where ranks reduce."""
+    assert_close(found["stats"], {key: value for key, value in expected.items() if key != "R"}, FLOAT32)
 
 
-@pytest.fixture
-def results(folder: Path) -> list[dict[str, Any]]:
-    """The results of every rank, by case; those of a case that never ended are missing."""
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def test_all_ranks_that_were_not_killed_came_to_their_end(results: Results) -> None:
+    assert results.exit_codes == [0, -9, 0, -9]
 
 
-def test_all_ranks_came_to_their_end(folder: Path) -> None:
-    error = folder / "error.txt"
-    assert not error.exists(), error.read_text()
+# Who sees whose rows
 
 
-def test_all_cases_came_to_their_end(results: list[dict[str, Any]]) -> None:
-    assert [case for result in results for case in result.values() if isinstance(case, str)] == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_together_have_the_stats_of_one_process(kind: str, results: list[dict[str, Any]]) -> None:
-    wrapper = estimator(**KINDS[kind])
-    for step, sizes in enumerate(SIZES):
-        stats = wrapper.update(*mixture(sum(sizes), seed=step))
-        for result in results:
-            found = result[kind][step]["stats"]
-            assert torch.equal(found["R"], stats["R"])
-            assert_close(found, stats, 1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_together_agree_to_the_bit(kind: str, results: list[dict[str, Any]]) -> None:
-    for step in range(len(SIZES)):
-        first, *others = (bits(result[kind][step]["stats"]) for result in results)
-        assert others == [first] * (WORLD - 1)
+@exchanges
+def test_ranks_may_differ_in_the_type_of_their_rows(exchange: str, results: Results) -> None:
+    expected = estimator().update(mixture(19)[0].half().float())
+    for found in results(f"many types, {exchange}"):
+        assert_state_close(found, expected)
 
 
 @ranks
-def test_ranks_may_differ_in_the_type_of_their_rows(rank: int, results: list[dict[str, Any]]) -> None:
-    x = torch.cat([x for x, _ in shares(0, (7, 0, 12))]).half().float()
-    assert_close(results[rank]["many types"]["stats"], estimator().update(x), 1e-6)
-
-
-@ranks
-def test_empty_batches_on_all_ranks_change_nothing(rank: int, results: list[dict[str, Any]]) -> None:
+def test_ranks_apart_have_stats_of_their_own(rank: int, results: Results) -> None:
     wrapper = estimator()
-    for found in results[rank]["idle"]:
-        x = torch.zeros(0, 4) if len(found["stats"]["R"]) == 0 else mixture(19)[0]
-        assert_close(found["stats"], wrapper.update(x), 1e-6)
-    assert [len(found["stats"]["R"]) for found in results[rank]["idle"]] == [0, 19, 0]
+    for found, (step, sizes) in zip(results("apart")[rank], enumerate(SIZES), strict=True):
+        assert bits(found["stats"]) == bits(wrapper.update(*shares(step, sizes)[rank]))
 
 
 @ranks
-def test_ranks_alone_have_stats_of_their_own(rank: int, results: list[dict[str, Any]]) -> None:
-    wrapper = estimator()
-    for step, sizes in enumerate(SIZES):
-        stats = wrapper.update(*shares(step, sizes)[rank])
-        assert bits(results[rank]["alone"][step]["stats"]) == bits(stats)
-
-
-@ranks
-def test_bad_row_of_one_rank_counts_on_all(rank: int, results: list[dict[str, Any]]) -> None:
-    x, _ = mixture(19)
-    x[7 + 3] = float("nan")
-    with pytest.warns(UserWarning, match="ignored"):
-        expected = estimator().update(x)
-    found = results[rank]["one bad row"][0]["stats"]
-    assert int(found["n_ignored"]) == 1
-    assert_close(found, expected, 1e-6)
-
-
-@ranks
-def test_bad_row_of_one_rank_raises_on_all_where_strict(rank: int, results: list[dict[str, Any]]) -> None:
-    refused, accepted = results[rank]["one bad row, strict"]
-    assert (refused["error"], refused["unchanged"]) == ("ValueError", True)
-    assert refused["message"].startswith("`strict` expects every row to be usable, got 1 of 19 rows")
-    assert "stats" in accepted
-
-
-when = pytest.mark.parametrize("when", ["first", "later"])
-
-
-@when
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_of_one_rank_raises_on_all(name: str, when: str, results: list[dict[str, Any]]) -> None:
-    for result in results:
-        refused = result[f"{name}, {when}"][-2]
-        assert refused.get("error") in ("ValueError", "TypeError"), refused
-        assert refused["message"].startswith(("`embeddings` must ", "`labels` must ", "`update` must "))
-        assert "\n" not in refused["message"]
-
-
-@when
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_of_one_rank_leaves_all_unchanged(name: str, when: str, results: list[dict[str, Any]]) -> None:
-    assert [result[f"{name}, {when}"][-2].get("unchanged") for result in results] == [True] * WORLD
-
-
-@when
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_of_one_rank_is_the_same_error_on_all(name: str, when: str, results: list[dict[str, Any]]) -> None:
-    refused = [result[f"{name}, {when}"][-2] for result in results]
-    assert len({(one["error"], one["message"]) for one in refused}) == 1
-
-
-@when
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_names_the_rank(name: str, when: str, results: list[dict[str, Any]]) -> None:
-    assert "on rank 1." in results[0][f"{name}, {when}"][-2]["message"]
-
-
-@when
-@pytest.mark.parametrize("name", FAULTS)
-def test_next_update_after_a_fault_works(name: str, when: str, results: list[dict[str, Any]]) -> None:
-    wrapper = estimator(**FAULTS[name][0])
-    if when == "later":
-        wrapper.update(*mixture(19, seed=0))
-    expected = wrapper.update(*mixture(19, seed=1))
-    for result in results:
-        assert_close(result[f"{name}, {when}"][-1]["stats"], expected, 1e-6)
-
-
-def test_only_the_main_rank_leaves_files(folder: Path) -> None:
-    assert sorted(path.name for path in folder.glob("run*")) == ["run", "run_of_0"]
-
-
-@pytest.mark.parametrize("name", ["run", "run_of_0"])
-def test_main_rank_writes_every_step_once(folder: Path, name: str) -> None:
-    wrapper = estimator()
-    R = [wrapper.update(*mixture(sum(sizes), seed=step))["R"].tolist() for step, sizes in enumerate(SIZES)]
-    assert read_log(folder / name)["step"].tolist() == list(range(len(SIZES)))
-    assert [entry["responsibilities"].tolist() for entry in read_scores(folder / name)] == R
-
-
-@ranks
-def test_dtensor_of_rows_is_each_ranks_own_rows(rank: int, results: list[dict[str, Any]]) -> None:
+def test_dtensor_of_rows_is_each_ranks_own_rows(rank: int, results: Results) -> None:
     own = mixture(19)[0].chunk(WORLD)[rank]
-    assert bits(results[rank]["dtensors"]["rows alone"]["stats"]) == bits(estimator().update(own))
+    assert bits(results("dtensors")[rank]["rows alone"]["stats"]) == bits(estimator().update(own))
 
 
 @ranks
 @pytest.mark.parametrize("case", ["rows together", "copies alone"])
-def test_dtensor_together_or_replicated_is_all_rows(rank: int, case: str, results: list[dict[str, Any]]) -> None:
-    assert_close(results[rank]["dtensors"][case]["stats"], estimator().update(mixture(19)[0]), 1e-6)
+def test_dtensor_together_or_replicated_is_all_rows(rank: int, case: str, results: Results) -> None:
+    assert_close(results("dtensors")[rank][case]["stats"], estimator().update(mixture(19)[0]), FLOAT32)
 
 
 @ranks
-def test_dtensor_of_labels_goes_with_that_of_rows(rank: int, results: list[dict[str, Any]]) -> None:
+def test_dtensor_of_rows_is_reduced(rank: int, results: Results) -> None:
+    assert_state_close(results("dtensors")[rank]["rows reduced"], estimator().update(mixture(19)[0]))
+
+
+@ranks
+def test_dtensor_of_labels_goes_with_that_of_rows(rank: int, results: Results) -> None:
     expected = estimator(**LABELLED).update(*mixture(19))
-    assert_close(results[rank]["dtensors"]["labelled rows"]["stats"], expected, 1e-6)
+    assert_close(results("dtensors")[rank]["labelled rows"]["stats"], expected, FLOAT32)
 
 
 @ranks
 @pytest.mark.parametrize("case", ["columns alone", "columns together"])
-def test_dtensor_of_columns_is_refused(rank: int, case: str, results: list[dict[str, Any]]) -> None:
-    refused = results[rank]["dtensors"][case]
+def test_dtensor_of_columns_is_refused(rank: int, case: str, results: Results) -> None:
+    refused = results("dtensors")[rank][case]
     assert (refused["error"], refused["unchanged"]) == ("ValueError", True)
-    assert refused["message"].startswith(
-        ("`embeddings` must be sharded by rows or replicated, got a DTensor", "`update`")
+    assert refused["message"].startswith("`embeddings` must be sharded by rows or replicated, got a DTensor")
+
+
+# Faults
+
+
+@exchanges
+@whens
+@kinds
+def test_fault_of_one_rank_is_the_same_error_on_all(kind: str, when: str, exchange: str, results: Results) -> None:
+    refused = [found[-2] for found in results(f"{kind}, {when}, {exchange}")]
+    assert len({(one["error"], one["message"]) for one in refused}) == 1
+
+
+@exchanges
+@whens
+@kinds
+def test_fault_of_one_rank_is_one_line_that_names_it(kind: str, when: str, exchange: str, results: Results) -> None:
+    message = results(f"{kind}, {when}, {exchange}")[0][-2]["message"]
+    assert message.startswith("the rows are gone" if kind == "unreadable" else ("`embeddings` must ", "`labels` must "))
+    assert message.endswith("on rank 1.")
+    assert "\n" not in message
+
+
+@exchanges
+@whens
+@kinds
+def test_fault_of_one_rank_leaves_all_unchanged(kind: str, when: str, exchange: str, results: Results) -> None:
+    assert [found[-2]["unchanged"] for found in results(f"{kind}, {when}, {exchange}")] == [True] * WORLD
+
+
+@exchanges
+@whens
+@kinds
+def test_next_update_after_a_fault_works(kind: str, when: str, exchange: str, results: Results) -> None:
+    wrapper = estimator(**FAULTS[kind][0])
+    if when == "later":
+        wrapper.update(*mixture(19, seed=0))
+    expected = wrapper.update(*mixture(19, seed=1))
+    for found in results(f"{kind}, {when}, {exchange}"):
+        assert_state_close(found[-1], expected)
+
+
+@exchanges
+def test_of_two_faults_all_raise_the_first(exchange: str, results: Results) -> None:
+    for refused, accepted in results(f"two faults, {exchange}"):
+        assert refused["message"].startswith("`embeddings` must have shape ")
+        assert refused["message"].endswith("on rank 1.")
+        assert_state_close(accepted, estimator().update(mixture(19, seed=1)[0]))
+
+
+@exchanges
+def test_bad_row_of_one_rank_raises_on_all_where_strict(exchange: str, results: Results) -> None:
+    for refused, accepted in results(f"strict, {exchange}"):
+        assert (refused["error"], refused["unchanged"]) == ("ValueError", True)
+        assert refused["message"].startswith("`strict` expects every row to be usable, got 1 of 19 rows")
+        assert_state_close(accepted, estimator().update(mixture(19)[0]))
+
+
+@exchanges
+@pytest.mark.parametrize("option", OTHER_OPTIONS)
+def test_other_options_on_one_rank_raise_on_all(option: str, exchange: str, results: Results) -> None:
+    for refused in results(f"other {option}, {exchange}"):
+        assert (refused.get("error"), refused.get("unchanged")) == ("ValueError", True)
+        assert refused["message"].startswith("The estimator must have the same options and as many updates behind it")
+        assert "on rank 2" in refused["message"]
+
+
+@exchanges
+@pytest.mark.parametrize("what", LOADED)
+def test_state_dict_that_one_rank_alone_has_loaded_raises_on_all(what: str, exchange: str, results: Results) -> None:
+    for refused, _ in results(f"loaded {what}, {exchange}"):
+        assert (refused.get("error"), refused.get("unchanged")) == ("ValueError", True)
+        assert refused["message"].endswith("on rank 2; load its state_dict on all ranks or on none.")
+
+
+@exchanges
+@pytest.mark.parametrize("what", LOADED)
+def test_state_dict_that_all_ranks_then_load_is_gone_on_from(what: str, exchange: str, results: Results) -> None:
+    wrapper = estimator()
+    wrapper.update(*mixture(30, seed=7))
+    expected = wrapper.update(*mixture(19, seed=1))
+    for _, accepted in results(f"loaded {what}, {exchange}"):
+        assert_state_close(accepted, expected)
+
+
+@pytest.mark.parametrize(("rank", "exchange"), [(0, "gather"), (2, "reduce")])
+def test_rank_whose_peer_is_killed_raises_in_time(rank: int, exchange: str, results: Results) -> None:
+    (left,) = results("killed", (rank,))
+    assert left["error"] == "RuntimeError", left
+    assert left["unchanged"]
+    assert left["seconds"] < FEW.total_seconds() + 2
+
+
+# Files
+
+
+def test_only_the_main_rank_leaves_files(results: Results) -> None:
+    assert sorted(path.name for path in results.folder.glob("run*")) == ["run", "run_of_0"]
+
+
+@pytest.mark.parametrize("name", ["run", "run_of_0"])
+def test_main_rank_writes_every_step_once(name: str, results: Results) -> None:
+    wrapper = estimator()
+    R = [wrapper.update(*mixture(sum(sizes), seed=step))["R"].tolist() for step, sizes in enumerate(SIZES)]
+    assert read_log(results.folder / name)["step"].tolist() == list(range(len(SIZES)))
+    assert [entry["responsibilities"].tolist() for entry in read_scores(results.folder / name)] == R
+
+
+# Process groups
+
+
+@exchanges
+@ranks
+def test_group_of_ranks_has_a_mixture_of_its_own(rank: int, exchange: str, results: Results) -> None:
+    wrapper, first = estimator(), rank // 2 * 2
+    for step, found in enumerate(results(f"groups, {exchange}")[rank]):
+        x = torch.cat([x for x, _ in shares(step)[first : first + 2]])
+        assert_state_close(found, wrapper.update(x))
+
+
+@exchanges
+@pytest.mark.parametrize("first", [0, 2])
+def test_group_of_ranks_writes_a_log_of_its_own(first: int, exchange: str, results: Results) -> None:
+    trace_B = [float(found["stats"]["trace_B"]) for found in results(f"groups, {exchange}")[first]]
+    assert read_log(results.folder / f"{exchange} of {first}")["trace_B"].tolist() == pytest.approx(trace_B, rel=1e-8)
+
+
+@exchanges
+def test_rank_outside_of_its_group_is_refused(exchange: str, results: Results) -> None:
+    for refused in results(f"outside, {exchange}", (0, 1)):
+        assert (refused["error"], refused["unchanged"]) == ("ValueError", True)
+        assert refused["message"].startswith("`process_group` must hold this process")
+
+
+@exchanges
+def test_group_beside_ranks_outside_of_it_works(exchange: str, results: Results) -> None:
+    x = torch.cat([x for x, _ in shares(0)[2:]])
+    for found in results(f"outside, {exchange}", (2, 3)):
+        assert_state_close(found, estimator().update(x))
+
+
+# Checkpoints and training
+
+
+@exchanges
+@pytest.mark.parametrize("world", [1, 3])
+def test_run_of_two_ranks_resumes_on_another_number(world: int, exchange: str, results: Results) -> None:
+    wrapper = estimator()
+    expected = [wrapper.update(mixture(19, seed=step)[0]) for step in range(6)][3:]
+    for rank in results(f"resumed on {world}, {exchange}", range(world)):
+        for found, wanted in zip(rank, expected, strict=True):
+            assert_state_close(found, wanted)
+
+
+def test_training_in_parallel_ends_in_the_same_bits(results: Results) -> None:
+    for ends in results("data parallel", (0, 1)):
+        assert bits(ends["with"]) == bits(ends["without"])
+
+
+def test_model_in_parallel_does_not_hold_the_estimators_state(results: Results) -> None:
+    for ends in results("data parallel", (0, 1)):
+        assert [*ends["with"]] == [f"module.layers.{n}.{name}" for n in (0, 2) for name in ("weight", "bias")]
+
+
+def test_estimator_in_a_model_in_parallel_ends_in_the_same_bits_on_all_ranks(results: Results) -> None:
+    first, second = results("data parallel", (0, 1))
+    assert first["state"] == second["state"]
+
+
+# Ranks that reduce and do not wait for one another, as on GPUs
+
+
+@ranks
+def test_fault_that_nobody_has_seen_changes_nothing(rank: int, results: Results) -> None:
+    found = results("unseen fault")[rank]
+    assert bits({key: found[2]["stats"][key] for key in ("pi", "mu", "Sigma")}) == bits(
+        {key: found[1]["stats"][key] for key in ("pi", "mu", "Sigma")}
     )
+    assert not found[2]["stats"]["R"].any()
+
+
+def test_fault_that_nobody_has_seen_is_raised_on_all_at_the_next_update(results: Results) -> None:
+    found = [steps[3] for steps in results("unseen fault")]
+    assert [refused["error"] for refused in found] == ["ValueError"] * WORLD
+    assert found[1]["message"].startswith("`embeddings` must have shape (N, 4), got (3, 3)")
+    assert all("on every rank, but rank 1 had none" in found[other]["message"] for other in (0, 2, 3))
+
+
+@ranks
+def test_ranks_go_on_together_after_an_unseen_fault(rank: int, results: Results) -> None:
+    wrapper = estimator(revive_below=0)
+    for step in (0, 1, 4, 5):
+        stats = wrapper.update(*mixture(19, seed=step))
+    assert_state_close(results("unseen fault")[rank][5], stats)
+
+
+@ranks
+def test_state_that_one_rank_has_loaded_unseen_is_never_mixed_with_others(rank: int, results: Results) -> None:
+    found = results("unseen loaded")[rank]
+    assert [step.get("error") for step in found] == [None, None, None, "ValueError", None, "ValueError"]
+    assert not found[4]["stats"]["R"].any()

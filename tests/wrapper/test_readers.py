@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from mixture_torch.readers import ScoreEntry, read_log, read_scores
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+from mixture_torch.scores import AppendScores, PerStepScores
+from mixture_torch.writers import CsvWriter
 
 COLUMNS = ["step", "epoch", "K", "pi_min", "pi_max", "trace_B", "opnorm_B"]
 FIGURES = (0.1, 0.5, 2.0, 1.0)

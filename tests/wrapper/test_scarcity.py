@@ -24,13 +24,13 @@ shortages = pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGE
 def run_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Updates with an allocation that fails in the middle."""
 
-    def update(wrapper: MixtureStats, shortage: Callable[[], Exception], seed: int = 0) -> Any:
+    def update(wrapper: MixtureStats, shortage: Callable[[], Exception], seed: int = 0, *, step: Any = None) -> Any:
         def fail(*_: Any, **__: Any) -> None:
             raise shortage()
 
         with monkeypatch.context() as patch:
             patch.setattr(accumulator, "advance", fail)
-            return wrapper.update(mixture(seed=seed)[0])
+            return wrapper.update(mixture(seed=seed)[0], step=step)
 
     return update
 
@@ -50,6 +50,19 @@ def test_update_without_memory_is_skipped_with_one_warning(
         "`update` ran out of memory and skips such batches"
     ]
     assert bits(wrapper.update(mixture(seed=1)[0])) == bits(expected.update(mixture(seed=1)[0]))
+
+
+@pytest.mark.filterwarnings("ignore:`update` ran out of memory")
+@pytest.mark.parametrize("mode", ["ema", "per_batch"])
+def test_skipped_part_leaves_its_step_to_the_others(mode: str, run_out: Callable[..., Any]) -> None:
+    wrapper, expected = estimator(mode=mode), estimator(mode=mode)
+    for each in (wrapper, expected):
+        each.update(mixture(seed=0)[0], step=0)
+        each.update(mixture(seed=1)[0], step=1)
+    run_out(wrapper, SHORTAGES["CPU"], step=1)
+    for each in (wrapper, expected):
+        each.update(mixture(seed=2)[0], step=1)
+    assert all_bits(wrapper) == all_bits(expected)
 
 
 @pytest.mark.filterwarnings("ignore:`update` ran out of memory")

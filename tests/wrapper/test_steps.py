@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_torch import NTXentLoss, activate, read_log, read_scores
-from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture
+from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture, update_quietly
 
 LABELLED = {"assigner": "label_supervised"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,20 @@ def test_parts_of_a_step_are_its_batch(options: dict[str, Any]) -> None:
         for part in parts(step):
             stats = split.update(*part, step=step)
         assert_close(stats, {key: expected[key] for key in FIGURES}, 1e-5)
+
+
+@pytest.mark.parametrize("idle", [torch.zeros(0, 4), torch.full((5, 4), float("nan"))], ids=["no row", "NaN"])
+@pytest.mark.parametrize("options", [KINDS[kind] for kind in KINDS if kind != "waiting"], ids=str)
+def test_step_that_begins_without_a_usable_row_is_one_of_those_that_follow(
+    options: dict[str, Any], idle: Tensor
+) -> None:
+    wrapper, expected = estimator(**options), estimator(**options)
+    for step in range(3):
+        update_quietly(wrapper, idle, torch.zeros(len(idle), dtype=torch.int64), step=step)
+        for part in parts(step):
+            stats = wrapper.update(*part, step=step)
+            wanted = expected.update(*part, step=step)
+    assert bits({key: stats[key] for key in FIGURES}) == bits({key: wanted[key] for key in FIGURES})
 
 
 @kinds

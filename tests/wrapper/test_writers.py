@@ -18,7 +18,8 @@ from torch import Tensor
 from mixture_torch.disk import GrowingFile, write_atomically
 from mixture_torch.readers import read_log, read_scores
 from mixture_torch.scan import Scan
-from mixture_torch.writers import AppendScores, CsvWriter, PerStepScores
+from mixture_torch.scores import AppendScores, PerStepScores
+from mixture_torch.writers import CsvWriter
 from tests.wrapper.conftest import Disk
 
 HEADER = b"step,epoch,K,pi_min,pi_max,trace_B,opnorm_B\n"
@@ -275,6 +276,15 @@ def test_append_scores_of_the_same_entries_are_the_same_bytes(tmp_path: Path) ->
     assert contents(tmp_path / "killed") == contents(tmp_path / "at_once")
 
 
+def test_append_scores_say_where_the_last_entry_ends(tmp_path: Path) -> None:
+    writer = AppendScores(tmp_path)
+    writer.append(0, 0, R(0.0))
+    size = (tmp_path / "mixture_scores.pt").stat().st_size
+    writer.flush()
+    assert writer.end == size
+    writer.close()
+
+
 def test_append_scores_flush_without_news_does_no_work(tmp_path: Path) -> None:
     writer = AppendScores(tmp_path)
     writer.append(0, 0, R(0.0))
@@ -472,7 +482,7 @@ def test_append_scores_read_nothing_again_after_close(tmp_path: Path, monkeypatc
             super().__init__(path, start=start)
             starts.append(start)
 
-    monkeypatch.setattr("mixture_torch.writers.Scan", Noted)
+    monkeypatch.setattr("mixture_torch.scores.Scan", Noted)
     writer = AppendScores(tmp_path)
     for step in range(3):
         writer.append(step, 0, R(0.0))
@@ -679,9 +689,7 @@ def test_supersede_that_breaks_off_costs_no_entry(
 
 
 def test_per_step_scores_make_nothing_before_the_first_entry(tmp_path: Path) -> None:
-    writer = PerStepScores(tmp_path / "run")
-    writer.flush()
-    writer.close()
+    assert PerStepScores(tmp_path / "run").supersede((0, 0), 1, steps={0}) == 0
     assert not (tmp_path / "run").exists()
 
 
@@ -755,7 +763,8 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     script = """if True:
         import os, signal, sys, torch
-        from mixture_torch.writers import AppendScores, CsvWriter
+        from mixture_torch.scores import AppendScores
+        from mixture_torch.writers import CsvWriter
         rows, scores = CsvWriter(sys.argv[1]), AppendScores(sys.argv[1])
         for step in range(5):
             rows.append(step, 0, 8, (0.1, 0.5, 2.0, 1.0))
