@@ -15,7 +15,7 @@ from mixture_core.inputs import usable_rows
 from mixture_core.peers import Peers
 from mixture_core.shares import advance_share
 from mixture_core.step import advance
-from mixture_torch.batches import Batch, exchange, is_out_of_memory, receive
+from mixture_torch.batches import Batch, exchange, receive, together
 from mixture_torch.checkpoint import SEEDING_ROWS, Standing
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import digest, other_ranks
@@ -59,8 +59,7 @@ class Accumulator:
     def restart(self, standing: Standing) -> None:
         """Goes on from there."""
         self.standing = standing
-        # Told apart by the weights, sums of counts, which are the same wherever they are added up.
-        self._origin = digest(None if standing.state is None else standing.state.moments.weight.tolist())
+        self._origin = _digest_of(standing.state)
         self._n_updates = 0  # since then
         self._memory, self._graphs = Memory(), Graphs(self._config.core)
         self._last: ExactStats | None = None
@@ -74,13 +73,13 @@ class Accumulator:
             embeddings: (N, D), tensor or NumPy array.
             labels: (N,) integers; only looked at where responsibilities come from labels.
             token: Which step it belongs to; None is one of its own.
-            problem: Why there is no batch on this rank, if other ranks have to be told.
+            problem: Why there is no batch on this rank, which other ranks have to be told.
 
         Raises:
             TypeError: An argument is of the wrong type.
             ValueError: A shape or a label is wrong, or `strict` and a row is ignored; here or on another rank.
         """
-        continues = token is not None and token == self._token and self._last is not None
+        continues = self._continues(token)
         updated = None if continues else self._replay(embeddings)
         if updated is None:
             with full_float32(embeddings):
@@ -89,22 +88,34 @@ class Accumulator:
         self._token = token
         return updated
 
-    def skip(self, N: int) -> Updated | None:
-        """Returns what comes of a batch none of whose rows counts; None before the first update."""
-        state, last = self.standing.state, self._last
+    def skip(self, N: int, *, token: object) -> Updated | None:
+        """Returns what comes of a batch none of whose rows counts; None before the first update.
+
+        Args:
+            N: Its rows.
+            token: As in `update`.
+        """
+        (state, waiting), last = self.standing, self._last
         if state is None or last is None:
             return None
         with full_float32(last.moments.weight):
             count = last.moments.weight.new_zeros((), dtype=torch.int64)
-            stats = StepStats(
-                moments=state.moments,
-                R=state.moments.weight.new_zeros(N, self._config.K),
-                n_ignored=count + N,
-                n_revived=count,
-            )
-            updated = self._commit(Start(state, self.standing.waiting), state, stats, Rows(N), None)
-        self._last = last  # a step under way goes on from what has counted
-        return updated
+            R = state.moments.weight.new_zeros(N, self._config.K)
+            stats = StepStats(moments=state.moments, R=R, n_ignored=count + N, n_revived=count)
+            rows = self._rows(N, continues=self._continues(token))
+            updated = self._commit(Start(state, waiting), state, stats, rows, None)
+        self._token = token
+        return updated._replace(n_rows=N)
+
+    def _continues(self, token: object) -> bool:
+        return token is not None and token == self._token and self._last is not None
+
+    def _rows(self, n_rows: int | Tensor, *, continues: bool) -> Rows:
+        """The rows of the step that so many more belong to."""
+        last = self._last
+        if not continues or last is None:
+            return Rows(n_rows)
+        return Rows(last.rows.N + n_rows, (*last.rows.earlier, last.R), last.rows.n_ignored + last.n_ignored)
 
     def _replay(self, embeddings: Any) -> Updated | None:
         """What `update` does, where a graph that has been captured does it all."""
@@ -130,24 +141,24 @@ class Accumulator:
             return self._take(own(), None, continues=continues)
         n_waiting = None if waiting is None else len(waiting)
         came = (self._origin, self._n_updates, n_waiting, continues)
-        shared = digest(config.core, config.cross_rank, config.seed, config.strict, *came)
+        shared = digest(config.core, config.cross_rank == "reduce", config.seed, config.strict, *came)
         like = None if state is None or waiting is not None else state.moments.mean
         batch = exchange(config, own, ranks=ranks, digest=shared, like=like)
-        return self._take(batch, ranks.peers if config.cross_rank == "reduce" else None, continues=continues)
+        with together():
+            return self._take(batch, ranks.peers if config.cross_rank == "reduce" else None, continues=continues)
 
     def _take(self, batch: Batch, peers: Peers | None, *, continues: bool) -> Updated:
-        start = self._start(batch.everyone)
+        start, early = self._start(batch.everyone), self._early if continues else []
         step = self._captured(start.state, batch) if start.state is self.standing.state and not continues else None
         state, stats, report = step or (*self._advance(start, batch, peers, continues=continues), None)
         if self._config.strict and (n_ignored := int(stats.n_ignored)):
             N = int(batch.n_rows)
             raise ValueError(f"`strict` expects every row to be usable, got {ignored(n_ignored, N)}.")
-        last, rows = self._last, Rows(batch.n_rows)
-        if continues and last is not None:
-            rows = Rows(last.rows.N + batch.n_rows, (*last.rows.earlier, last.R), last.rows.n_ignored + last.n_ignored)
-        self._early = [*self._early, batch] if continues else [batch]
-        if start.waiting is None:
-            self._early = []
+        rows = self._rows(batch.n_rows, continues=continues)
+        self._early = []
+        if start.waiting is not None:  # for its step's next part, by which the caller may have changed what is his
+            own = batch._replace(x=batch.x.clone(), labels=None if batch.labels is None else batch.labels.clone())
+            self._early = [*early, own]
         updated = self._commit(start, state, stats, rows, report)
         if updated.report is not None:
             updated.report.doubt(batch.doubts)
@@ -171,7 +182,7 @@ class Accumulator:
             if continues and not early and last is not None:  # what is idle is no part: the step is yet to decay
                 further = last.rows.n_ignored + last.n_ignored < last.rows.N
             if peers is not None:
-                state, stats = _advance_share(state, part, peers, continues=further)
+                state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further)
             else:
                 work = self._memory.lend(state.moments.covariance, N=len(part.x))
                 state, stats = advance(state, part.x, part.labels, continues=further, work=work)
@@ -208,17 +219,6 @@ class Accumulator:
         return Start(state, rows if len(rows) < SEEDING_ROWS * config.K else None, anew=True)
 
 
-def _advance_share(
-    state: MixtureState, batch: Batch, peers: Peers, *, continues: bool | Tensor
-) -> tuple[MixtureState, StepStats]:
-    try:
-        return advance_share(state, batch.x, batch.labels, peers=peers, continues=continues)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):  # who went on would take what the others still send for what comes next
-            raise RuntimeError("`update` ran out of memory while ranks waited for its sums; free some.") from error
-        raise
-
-
 def announce(K: int, D: int) -> None:
     """Says how large the state is going to be, if it is large."""
     if (size := 4 * K * (1 + D + D * D)) > LARGE:
@@ -232,6 +232,11 @@ def announce(K: int, D: int) -> None:
 def ignored(count: int, N: int) -> str:
     """Returns what to say of rows that were ignored."""
     return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"
+
+
+def _digest_of(state: MixtureState | None) -> int:
+    parts = () if state is None else (state.moments.weight, state.moments.mean)
+    return digest(*(part.cpu().numpy().tobytes() for part in parts))
 
 
 def to_device(state: MixtureState, device: torch.device) -> MixtureState:

@@ -1,6 +1,7 @@
 """From what a training loop hands in to one checked float32 batch: this rank's, or that of all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mixture_core.inputs import as_embeddings, as_labels
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.distributed import Entry, Ranks, local_rows
+from mixture_torch.distributed import Entry, Ranks, local_rows, text_of
 
 IGNORED_LABELS = (-1, -100)
 FINE = -1  # the value of a doubt that nothing has come of
@@ -88,7 +89,7 @@ def exchange(
             for doubt in batch.doubts:
                 settle(doubt)
     except Exception as error:  # whatever it is, the others are waiting
-        fault = MemoryError(str(error)) if is_out_of_memory(error) else error
+        fault = MemoryError(text_of(error)) if is_out_of_memory(error) else error
         nothing = torch.zeros(0, 1) if like is None else like[:0]
         batch = Batch(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), 0, nothing)
     N, D = batch.x.shape
@@ -103,11 +104,12 @@ def exchange(
             raise
         nothing = batch.x.new_zeros(0, int(going_on[0, 2]))
         return _unseen(Batch(nothing, None if batch.labels is None else batch.labels[:0], 0, nothing), entries, error)
-    if reduces:
-        everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
-        return Batch(batch.x, batch.labels, sum(sizes), everyone)
-    x, labels = ranks.gather(batch.x, sizes), batch.labels
-    return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
+    with together():
+        if reduces:
+            everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
+            return Batch(batch.x, batch.labels, sum(sizes), everyone)
+        x, labels = ranks.gather(batch.x, sizes), batch.labels
+        return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
 
 
 def _unseen(batch: Batch, entries: Tensor, fault: Exception | None) -> Batch:
@@ -150,7 +152,22 @@ def _raise(error: Exception, _: int, __: str) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether there was too little memory, for which torch has a class on GPUs only."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text_of(error)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Has a want of memory in its block raise as something else: ranks that exchange cannot be left by one of them.
+
+    Raises:
+        RuntimeError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):  # who went on would take what the others still send for what comes next
+            raise RuntimeError("`update` ran out of memory in the middle of an exchange with other ranks.") from error
+        raise
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixture_core.peers import Peers
 
 MESSAGE = 1000  # bytes of an error that other ranks are told
-ERRORS = (ValueError, TypeError, MemoryError, Exception)
+ERRORS = (ValueError, TypeError, MemoryError, OSError, Exception)
 
 
 class Entry(NamedTuple):
@@ -123,7 +123,7 @@ class Ranks:
     def _error_of(self, odd: int, fault: Exception | None) -> Exception:
         """The error of one rank, for all to raise: which of ERRORS it is, and its text, go around in bytes."""
         kind = next(n for n, error in enumerate(ERRORS) if fault is None or isinstance(fault, error))
-        own = bytes([kind]) + str(fault).encode()[:MESSAGE]
+        own = bytes([kind]) + text_of(fault).encode(errors="replace")[:MESSAGE]
         padded = torch.tensor(list(own.ljust(1 + MESSAGE, b"\0")), dtype=torch.uint8)
         kind, *text = self._gather(padded.to(self.device))[odd].tolist()
         message = bytes(text).rstrip(b"\0").decode(errors="replace").rstrip(".")
@@ -150,6 +150,14 @@ def other_ranks(group: Any = None) -> Ranks | None:
         return None
     ranks = Ranks(group)
     return ranks if ranks.world > 1 else None
+
+
+def text_of(error: object) -> str:
+    """Returns what an error says, in one line; its class where it cannot say it."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:
+        return type(error).__name__
 
 
 def digest(*values: object) -> int:

@@ -19,6 +19,7 @@ from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
 from mixture_torch.checkpoint import Standing, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step
+from mixture_torch.distributed import text_of
 from mixture_torch.precision import full_float32
 from mixture_torch.recorder import Recorder
 from mixture_torch.reports import Report
@@ -166,7 +167,7 @@ class MixtureStats:
 
         Where the estimator is disabled, the mapping is empty. During a backward pass, where activation checkpointing
         runs the forward pass a second time, nothing is updated and the last mapping is returned. Where memory runs out
-        the batch counts for nothing, with a warning.
+        the batch counts for nothing, with a warning; with `cross_rank` only as long as the other ranks can be told.
 
         Args:
             embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
@@ -179,27 +180,29 @@ class MixtureStats:
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
-            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; likewise. With `cross_rank`, here
-                or on another rank.
+            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; likewise.
+            Exception: With `cross_rank`, any of these, here or on another rank; RuntimeError where memory runs out in
+                the middle of an exchange.
         """
         if not self.enabled:
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
-        problem: Exception | None = None
+        problem: Exception | None = None  # of this rank alone: the others have to hear of it
         try:
-            self._settle(but=0 if self._config.cross_rank == "reduce" else 1)  # before others are left waiting
+            self._settle(but=0 if self._config.cross_rank == "reduce" else 1)
+        except OSError as error:
+            problem = error
+        try:
             step = active_step(self) if step is None else as_step(step)
-        except (OSError, TypeError) as error:
-            if not self._config.cross_rank:
-                raise
-            problem = error  # of this rank alone: the others have to hear of it
+        except Exception as error:
+            problem, step = error, None
         try:
             updated = self._accumulator.update(embeddings, labels, token=step, problem=problem)
         except (MemoryError, RuntimeError) as error:
             if self._config.strict or not is_out_of_memory(error):
                 raise
-            return self._skip(embeddings, error)
+            return self._skip(embeddings, step, error)
         if updated.report is None:
             self._warn_of_ignored(int(updated.stats.n_ignored), int(updated.n_rows), stacklevel=CALLER)
         return self._show(updated)
@@ -309,13 +312,14 @@ class MixtureStats:
         """Closes the files."""
         self.close()
 
-    def _skip(self, embeddings: Any, error: Exception) -> Mapping[str, Tensor]:
+    def _skip(self, embeddings: Any, step: int | str | None, error: Exception) -> Mapping[str, Tensor]:
         """Goes on as if no row had counted; this is an instrument, and the run is what matters."""
         if not self._short:
             self._short = True
-            cause = " ".join(str(error).split())
+            cause = text_of(error)
             warnings.warn(f"`update` ran out of memory and skips such batches: {cause}", stacklevel=CALLER)
-        updated = self._accumulator.skip(len(embeddings))
+        N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # not so where another rank had no memory
+        updated = self._accumulator.skip(N, token=step)
         return self._stats if updated is None else self._show(updated)
 
     def _show(self, updated: Updated) -> Mapping[str, Tensor]:

@@ -67,7 +67,8 @@ class NTXentLoss(nn.Module):
 
 def _of_both_views(labels: Any) -> Any:
     """The labels once per view; what is no vector goes on as it is, for the estimator to refuse if it wants labels."""
-    if not hasattr(labels, "__array__") or labels.ndim != 1:
+    try:
+        vector = as_tensor(labels, name="labels")
+    except TypeError:
         return labels
-    vector = as_tensor(labels, name="labels")
-    return torch.cat([vector, vector])
+    return torch.cat([vector, vector]) if vector.ndim == 1 else labels

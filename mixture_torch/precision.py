@@ -1,7 +1,7 @@
 """Full float32, and leave to wait for a GPU, whatever training has set up around the estimator."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,28 +17,42 @@ def full_float32(beside: object) -> Iterator[None]:
     Casting to float32 would not be enough: inside autocast a product of float32 matrices is bfloat16 again. Per backend
     rather than through `torch.set_float32_matmul_precision`, whose getter raises where a backend was set on its own.
 
+    All is set by plain functions and put back by nested `finally`: an interrupt may come right behind any of them, and
+    torch's own context managers then leave gradients or autocast off for the rest of the training.
+
     Args:
         beside: What is computed with; on the device of a tensor, and on the CPU for anything else.
     """
-    device_type = beside.device.type if isinstance(beside, Tensor) and not beside.is_meta else "cpu"
+    device_type = _device_type(beside)
     reduced = [(matmul, matmul.fp32_precision) for matmul in MATMULS if matmul.fp32_precision not in ("ieee", "none")]
-    grad = torch.is_grad_enabled()
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(device_type)
     try:
         for matmul, _ in reduced:
             matmul.fp32_precision = "ieee"
-        with ExitStack() as stack:  # each only where it is needed: together they took a tenth of a small update
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))  # which turns gradients on
-            torch.set_grad_enabled(False)
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if autocast:
+            torch.set_autocast_enabled(device_type, False)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            torch._C._set_grad_enabled(False)  # last: leaving inference mode turns gradients on
             yield
-    finally:  # and not by a `no_grad` on the stack, to which an interrupt can come before the stack knows of it
-        torch.set_grad_enabled(grad)
-        for matmul, precision in reduced:
-            matmul.fp32_precision = "none"  # as it was if it follows the setting of all backends
-            if matmul.fp32_precision != precision:
-                matmul.fp32_precision = precision
+    finally:
+        try:
+            torch._C._set_grad_enabled(grad)
+        finally:
+            try:
+                if autocast:
+                    torch.set_autocast_enabled(device_type, True)
+            finally:
+                for matmul, precision in reduced:
+                    matmul.fp32_precision = "none"  # as it was if it follows the setting of all backends
+                    if matmul.fp32_precision != precision:
+                        matmul.fp32_precision = precision
+
+
+def _device_type(beside: object) -> str:
+    try:
+        return beside.device.type if isinstance(beside, Tensor) and not beside.is_meta else "cpu"
+    except Exception:  # of a subclass, which will be refused where others can be told
+        return "cpu"
 
 
 @contextmanager
