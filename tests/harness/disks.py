@@ -54,12 +54,12 @@ class Disk:
             yield self
 
     def instants(self) -> list[Instant]:
-        """Returns one before each call so far, and some in the middle of each write; behind one is before the next."""
+        """Returns one before each call so far, and some in the middle of each write and right behind it."""
         return [
             Instant(place, written)
             for place, call in enumerate(self.calls)
-            for written in sorted({0, 1, call.size // 2, call.size - 1})
-            if written == 0 or 0 < written < call.size
+            for written in sorted({0, 1, call.size // 2, call.size - 1, call.size})
+            if written == 0 or 0 < written <= call.size
         ]
 
     def _watched(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:

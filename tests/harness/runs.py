@@ -12,16 +12,16 @@ from tests.harness.folders import EMPTY, Contents, Place, Step, found, logged, s
 Happening = Callable[[Path, str, str, Instant], None]  # folder, scenario, scores_mode, instant
 Operation = Place | str  # a step that is logged, or something else to do
 
-BEFORE: dict[str, list[Operation]] = {
-    "in order": [*((0, step) for step in range(6)), "flush", (1, 6), (1, 7), (1, 8), "close", "reopen"],
-    "out of order": [*((0, step) for step in range(6)), "flush", (1, 6), (1, 7), (0, 8), "close", "reopen"],
-}
 SCENARIOS: dict[str, list[Operation]] = {
-    "in order": [*BEFORE["in order"], "resume", (0, 4), (0, 5), "flush", (1, 6), "close"],
-    "out of order": [*BEFORE["out of order"], "resume", (1, 6), (1, 7), "close"],
+    "in order": [
+        *[*((0, step) for step in range(6)), "flush", (1, 6), (1, 7), (1, 8), "close", "reopen"],
+        *["resume", (0, 4), (0, 5), "flush", (1, 6), "close"],
+    ],
+    "out of order": [
+        *[*((0, step) for step in range(6)), "flush", (1, 6), (1, 7), (0, 8), "close", "reopen"],
+        *["resume", (1, 6), (1, 7), "close"],
+    ],
 }
-
-
 scenarios = pytest.mark.parametrize(
     ("scenario", "scores_mode"), [(scenario, mode) for scenario in SCENARIOS for mode in ("append", "per_step")]
 )
