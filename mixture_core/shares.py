@@ -25,7 +25,7 @@ def advance_share(
     """Does what `advance` does with the rows of all ranks, of which this one has a share.
 
     The new state is the same on all ranks, R is of the share, n_ignored of all rows. For each of max_assign_iters
-    iterations, of labels for two, the ranks add up counts and sums of x minus the centroid that all of them have,
+    iterations, of labels for one, the ranks add up counts and sums of x minus the centroid that all of them have,
     K (1 + D) numbers, and in the end, about the means that come of it, the lower triangles of the scatter,
     K D (D + 1) / 2 numbers; two more count rows. Where a component is dead, moving it takes 1,027 + 2 D + K and one per
     rank more; on a GPU, where nobody looks whether one is, at every step.
@@ -56,38 +56,47 @@ def _batch(
     config: MixtureConfig, x: Tensor, moments: Moments, labels: Tensor | None, peers: Peers
 ) -> tuple[Tensor, Tensor, Moments, Tensor, Tensor]:
     """The component of each row and the same as R; of all ranks, the moments, the ignored rows, and whether all are."""
-    (N, D), K, centroids = x.shape, config.K, moments.mean
+    (N, D), K, centroids = x.shape, config.K, moments.mean.double()
     given = labelled(x, as_labels(labels, N=N, device=x.device), K) if config.uses_labels else None
-    # A label's rows may be far from where its mean has been: the second time, they are about means of their own.
-    iterations = config.max_assign_iters if given is None else 2
-    index, R, rows = _assign(x, centroids, given)
-    for _ in range(iterations - 1):
-        sums = peers.total(torch.cat([R.sum(dim=0)[:, None], R.mT @ rows], dim=1))
+    for _ in range(config.max_assign_iters - 1 if given is None else 0):
+        index, R = nearest_means(x, centroids.to(x.dtype), iterations=1)
+        away, count, mean = _about(x, centroids, index, R)
+        sums = peers.total(torch.cat([count, count * mean], dim=1))
         centroids = centroids + safe_divide(sums[:, 1:], sums[:, :1])
-        index, R, rows = _assign(x, centroids, given)
-
-    nothing = Moments(weight=x.new_zeros(K), mean=x.new_zeros(K, D), covariance=x.new_zeros(K, D, D))
-    own, _ = absorb(nothing, rows, index)
+    index, R = given or nearest_means(x, centroids.to(x.dtype), iterations=1)
+    away, count, mean = _about(x, centroids, index, R)
     seen = torch.stack([torch.full_like(index[:1].sum(), N), (index == K).sum()])
-    sums = torch.cat([own.weight, (own.weight[:, None] * own.mean).flatten(), seen.to(x.dtype)])
-    weight, sums, seen = peers.total(sums).split_with_sizes([K, K * D, 2])
+    sums = peers.total(torch.cat([count.flatten(), (count * mean).flatten(), seen.double()]))
+    weight, sums, seen = sums.split_with_sizes([K, K * D, 2])
     shift = safe_divide(sums.view(K, D), weight[:, None])
-    away = own.mean - shift  # differences of means that are near 0: nothing is lost where embeddings are far from it
-    scatter = own.weight[:, None, None] * (own.covariance + away[:, :, None] * away[:, None, :])
+
+    # About the rank's own means first, and then, by the difference of means, about those of all.
+    nothing = Moments(weight=x.new_zeros(K), mean=x.new_zeros(K, D), covariance=x.new_zeros(K, D, D))
+    own, _ = absorb(nothing, (away - _of_rows(mean, index)).to(x.dtype), index)
+    apart = (mean - shift).to(x.dtype) * (count > 0)
+    scatter = own.weight[:, None, None] * (own.covariance + apart[:, :, None] * apart[:, None, :])
+    weight = weight.to(x.dtype)
     batch = Moments(
         weight=weight,
-        mean=centroids + shift,
+        mean=(centroids + shift).to(x.dtype),
         covariance=safe_divide(_over_all(scatter, peers), weight[:, None, None]),
     )
     return index, R, batch, seen[1].to(torch.int64), seen[1] == seen[0]
 
 
-def _assign(x: Tensor, centroids: Tensor, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The component of each row, the same as R, and the rows without the centroid of theirs, 0 where they have none."""
-    index, R = given or nearest_means(x, centroids, iterations=1)
-    K = len(centroids)
-    own = centroids.index_select(0, index.clamp(max=K - 1))
-    return index, R, torch.where((index < K)[:, None], x - own, 0.0)
+def _about(x: Tensor, centroids: Tensor, index: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows without the centroid of theirs, (N, D), 0 where they have none; their count, (K, 1), and means, (K, D).
+
+    In float64: what is a difference of large numbers here is all there is of the batch's moments in the end.
+    """
+    away = torch.where((index < len(centroids))[:, None], x.double() - _of_rows(centroids, index), 0.0)
+    members = R.double()
+    count = members.sum(dim=0)[:, None]
+    return away, count, safe_divide(members.mT @ away, count)
+
+
+def _of_rows(of_components: Tensor, index: Tensor) -> Tensor:
+    return of_components.index_select(0, index.clamp(max=len(of_components) - 1))
 
 
 def _over_all(symmetric: Tensor, peers: Peers) -> Tensor:

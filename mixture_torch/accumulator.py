@@ -180,7 +180,8 @@ class Accumulator:
         for n, part in enumerate([*early, batch]):
             further: bool | Tensor = n > 0
             if continues and not early and last is not None:  # what is idle is no part: the step is yet to decay
-                further = last.rows.n_ignored + last.n_ignored < last.rows.N
+                counts: Tensor = last.rows.n_ignored + last.n_ignored < last.rows.N
+                further = counts if counts.is_cuda else bool(counts)  # for the CPU nobody waits
             if peers is not None:
                 state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further)
             else:

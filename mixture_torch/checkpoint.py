@@ -1,5 +1,6 @@
 """An estimator's state as plain tensors, ints and strings, and back."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,7 +60,18 @@ def to_state_dict(config: MixtureConfig, standing: Standing, *, dim: int | None)
         "started": int(state is not None and waiting is None),
         "n_waiting": n_waiting,
         "waiting": rows,
+        "checksum": checksum(moments),
     }
+
+
+def checksum(moments: Moments) -> int:
+    """Returns a number by which parts of one mixture are told from those of others: CRC-32 of it but for covariances.
+
+    Of those the diagonals count, since all would take long. A checkpoint that several ranks have written, each with a
+    mixture of its own, to the same place is noticed by it.
+    """
+    parts = moments.weight, moments.mean, moments.covariance.diagonal(dim1=-2, dim2=-1)
+    return zlib.crc32(b"".join(part.detach().to("cpu", torch.float32).numpy().tobytes() for part in parts))
 
 
 def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: int | None) -> Standing:
@@ -95,6 +107,11 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
         covariance=_tensor(state_dict, "covariance", K, came, came),
     )
     waiting = _tensor(state_dict, "waiting", rows, came)
+    if _count(state_dict, "checksum", at_most=None) != checksum(moments):
+        raise ValueError(
+            "The state_dict must have weight, mean and covariance of one mixture, got parts that do not belong "
+            "together; where ranks have mixtures of their own, save each under a key of its own."
+        )
     if not updated:
         return Standing()
     if not came:

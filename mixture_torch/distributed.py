@@ -91,8 +91,8 @@ class Ranks:
             raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
         for rank, _ in _odd(digests):
             raise ValueError(
-                "The estimator must have the same options and as many updates behind it on every rank, got others on "
-                f"rank {rank}; load its state_dict on all ranks or on none."
+                "`update` must be called on every rank with the same `step`, on an estimator of the same options that "
+                f"has as many updates and the same state_dict behind it, got another of these on rank {rank}."
             )
         return list(sizes)
 

@@ -129,7 +129,7 @@ def with_dead_component(dtype: torch.dtype = torch.float64, *, N: int = 240) -> 
 
 def per_step(config: MixtureConfig, D: int) -> int:
     """The numbers that a rank sends in a step in which nothing is dead."""
-    iterations = 2 if config.uses_labels else config.max_assign_iters
+    iterations = 1 if config.uses_labels else config.max_assign_iters
     return iterations * config.K * (1 + D) + config.K * D * (D + 1) // 2 + 2
 
 

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixture_torch import MixtureStats
+from mixture_core import shares as shares_of_core
+from mixture_torch import MixtureStats, accumulator
 from mixture_torch.accumulator import Accumulator, Updated
 from mixture_torch.distributed import Ranks
 from mixture_torch.reports import Report
@@ -87,6 +90,40 @@ class Unreadable:
         raise RuntimeError("the rows are gone")
 
 
+class Unspeakable(Exception):
+    """What cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("nor say why")
+
+
+class Raising:
+    """Embeddings, or a step, that raise something as soon as anybody looks at them."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __array__(self, *_: Any) -> Any:
+        raise self.error
+
+    def __index__(self) -> int:
+        raise self.error
+
+    def __eq__(self, other: object) -> bool:
+        raise self.error
+
+    def __repr__(self) -> str:
+        raise self.error
+
+
+class Touchy(Tensor):
+    """A tensor that nobody may touch."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("hands off")
+
+
 Spoil = Callable[[Tensor, Tensor], tuple[Any, Any]]
 FAULTS: dict[str, tuple[dict[str, Any], Spoil]] = {
     "another width": ({}, lambda x, labels: (torch.cat([x, x], dim=1), labels)),
@@ -99,6 +136,9 @@ FAULTS: dict[str, tuple[dict[str, Any], Spoil]] = {
     "a label of K": (LABELLED, lambda x, labels: (x, labels + 3)),
     "a label of -2": (LABELLED, lambda x, labels: (x, labels * 0 - 2)),
     "NumPy text": ({}, lambda x, labels: (x.numpy().astype(str), labels)),
+    "an error that cannot be said": ({}, lambda x, labels: (Raising(Unspeakable()), labels)),
+    "an error in no encoding": ({}, lambda x, labels: (Raising(ValueError("`embeddings` must \udcff")), labels)),
+    "a subclass that raises": ({}, lambda x, labels: (x.as_subclass(Touchy), labels)),
     "no tensor of rows": ({}, lambda x, labels: (x.to_sparse(), labels)),
     "unreadable": ({}, lambda x, labels: (Unreadable(), labels)),
 }
@@ -111,6 +151,38 @@ def fault(here: Here, kind: str, exchange: str, when: str) -> list[dict[str, Any
     steps = [] if when == "first" else [attempt(wrapper, *shares(0)[here.rank])]
     batch = shares(1)[here.rank]
     return [*steps, attempt(wrapper, *(spoil(*batch) if here.rank == 1 else batch)), attempt(wrapper, *batch)]
+
+
+STEPS: dict[str, Any] = {
+    "an array": np.array([1, 2]),
+    "a tensor": torch.tensor([1, 2]),
+    "a number and a half": 1.5,
+    "one that raises": Raising(RuntimeError("no step")),
+}
+
+
+def odd_step(here: Here, kind: str, exchange: str) -> list[dict[str, Any]]:
+    """Rank 1 gives a `step` that is none."""
+    wrapper = estimator(cross_rank=exchange)
+    return [
+        attempt(wrapper, *shares(n)[here.rank], step=STEPS[kind] if n == 1 and here.rank == 1 else n) for n in range(3)
+    ]
+
+
+def scarce(here: Here, exchange: str, when: str) -> list[dict[str, Any]]:
+    """Memory runs out on rank 1, before ranks exchange or after it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    wrapper = estimator(cross_rank=exchange)
+    steps = [attempt(wrapper, *shares(0)[here.rank])]
+    with ExitStack() as stack:
+        if here.rank == 1:
+            name = "receive" if when == "before" else "advance" if exchange == "gather" else "merge"
+            stack.enter_context(patch.object(shares_of_core if name == "merge" else accumulator, name, fail))
+        steps.append(attempt(wrapper, *shares(1)[here.rank]))
+    return [*steps, attempt(wrapper, *shares(2)[here.rank])]
 
 
 def two_faults(here: Here, exchange: str) -> list[dict[str, Any]]:
@@ -280,6 +352,8 @@ for how in EXCHANGES:
         f"many types, {how}": partial(of_many_types, exchange=how),
         f"strict, {how}": partial(strict_with_a_bad_row, exchange=how),
         f"two faults, {how}": partial(two_faults, exchange=how),
+        **{f"odd step {kind}, {how}": partial(odd_step, kind=kind, exchange=how) for kind in STEPS},
+        **{f"scarce {when}, {how}": partial(scarce, exchange=how, when=when) for when in ("before", "after")},
         f"groups, {how}": partial(groups, exchange=how),
         f"outside, {how}": partial(outside, exchange=how),
         **{f"resumed on {world}, {how}": partial(resumed, exchange=how, world=world) for world in (1, 3)},

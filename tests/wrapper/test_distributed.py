@@ -7,7 +7,7 @@ import torch
 
 from mixture_torch import read_log, read_scores
 from tests.tolerances import FLOAT32
-from tests.wrapper.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, WHEN, shares
+from tests.wrapper.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, STEPS, WHEN, shares
 from tests.wrapper.matrix import EXCHANGES
 from tests.wrapper.ranks import WORLD, Results
 from tests.wrapper.samples import assert_close, bits, estimator, mixture
@@ -16,6 +16,12 @@ ranks = pytest.mark.parametrize("rank", range(WORLD))
 exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 whens = pytest.mark.parametrize("when", WHEN)
 kinds = pytest.mark.parametrize("kind", FAULTS)
+# Errors that are not ours, but those of what the caller gave.
+FOREIGN = {
+    "unreadable": "the rows are gone",
+    "an error that cannot be said": "Unspeakable",
+    "a subclass that raises": "hands off",
+}
 
 
 def assert_state_close(found: dict[str, Any], expected: Any) -> None:
@@ -91,7 +97,7 @@ def test_fault_of_one_rank_is_the_same_error_on_all(kind: str, when: str, exchan
 @kinds
 def test_fault_of_one_rank_is_one_line_that_names_it(kind: str, when: str, exchange: str, results: Results) -> None:
     message = results(f"{kind}, {when}, {exchange}")[0][-2]["message"]
-    assert message.startswith("the rows are gone" if kind == "unreadable" else ("`embeddings` must ", "`labels` must "))
+    assert message.startswith(FOREIGN.get(kind, ("`embeddings` must ", "`labels` must ")))
     assert message.endswith("on rank 1.")
     assert "\n" not in message
 
@@ -136,7 +142,7 @@ def test_bad_row_of_one_rank_raises_on_all_where_strict(exchange: str, results: 
 def test_other_options_on_one_rank_raise_on_all(option: str, exchange: str, results: Results) -> None:
     for refused in results(f"other {option}, {exchange}"):
         assert (refused.get("error"), refused.get("unchanged")) == ("ValueError", True)
-        assert refused["message"].startswith("The estimator must have the same options and as many updates behind it")
+        assert refused["message"].startswith("`update` must be called on every rank with the same `step`")
         assert "on rank 2" in refused["message"]
 
 
@@ -145,7 +151,7 @@ def test_other_options_on_one_rank_raise_on_all(option: str, exchange: str, resu
 def test_state_dict_that_one_rank_alone_has_loaded_raises_on_all(what: str, exchange: str, results: Results) -> None:
     for refused, _ in results(f"loaded {what}, {exchange}"):
         assert (refused.get("error"), refused.get("unchanged")) == ("ValueError", True)
-        assert refused["message"].endswith("on rank 2; load its state_dict on all ranks or on none.")
+        assert refused["message"].endswith("the same state_dict behind it, got another of these on rank 2.")
 
 
 @exchanges
@@ -274,3 +280,35 @@ def test_state_that_one_rank_has_loaded_unseen_is_never_mixed_with_others(rank: 
     found = results("unseen loaded")[rank]
     assert [step.get("error") for step in found] == [None, None, None, "ValueError", None, "ValueError"]
     assert not found[4]["stats"]["R"].any()
+
+
+# Odd steps, and memory that runs out
+
+
+@exchanges
+@pytest.mark.parametrize("kind", STEPS)
+def test_step_that_is_none_raises_the_same_on_all(kind: str, exchange: str, results: Results) -> None:
+    found = results(f"odd step {kind}, {exchange}")
+    assert len({(steps[1]["error"], steps[1]["message"]) for steps in found}) == 1
+    assert found[0][1]["message"].endswith("on rank 1.")
+    assert [("stats" in steps[0], "stats" in steps[2]) for steps in found] == [(True, True)] * WORLD
+
+
+@exchanges
+def test_batch_for_which_one_rank_has_no_memory_counts_on_none(exchange: str, results: Results) -> None:
+    wrapper = estimator()
+    for step in (0, 2):
+        stats = wrapper.update(*mixture(19, seed=step))
+    for found in results(f"scarce before, {exchange}"):
+        assert not found[1]["stats"]["R"].any()
+        assert_state_close(found[2], stats)
+
+
+@exchanges
+def test_rank_whose_memory_runs_out_after_an_exchange_is_never_left_behind_in_silence(
+    exchange: str, results: Results
+) -> None:
+    found = results(f"scarce after, {exchange}")
+    assert [steps[1].get("error") for steps in found] == [None, "RuntimeError", None, None]
+    assert "in the middle of an exchange" in found[1][1]["message"]
+    assert [steps[2].get("error") for steps in found] == ["ValueError"] * WORLD

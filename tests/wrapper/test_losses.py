@@ -227,3 +227,10 @@ def test_loss_takes_temperatures_of_any_real_type(number: Any) -> None:
 
 def test_loss_shows_its_temperature() -> None:
     assert repr(NTXentLoss(0.5)) == "NTXentLoss(temperature=0.5)"
+
+
+@pytest.mark.parametrize("options", [{}, {"enabled": False}], ids=str)
+def test_labels_that_nobody_looks_at_may_be_anything(options: dict[str, Any]) -> None:
+    z = torch.randn(6, 4)
+    with activate(estimator(**options)):
+        assert NTXentLoss()(z, z, labels=np.array(["cat"] * 6)).isfinite()

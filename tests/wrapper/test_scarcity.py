@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixture_torch import MixtureStats, accumulator, read_log
+from mixture_torch import MixtureStats, accumulator, activate, read_log, read_scores
 from tests.wrapper.samples import all_bits, bits, estimator, mixture
 
 SHORTAGES: dict[str, Callable[[], Exception]] = {
@@ -130,3 +130,14 @@ def test_ordinary_state_says_nothing() -> None:
         warnings.simplefilter("error")
         accumulator.announce(8, 5589)
         estimator().update(mixture()[0])
+
+
+@pytest.mark.filterwarnings("ignore:`update` ran out of memory", "ignore:.* rows ignored")
+def test_skipped_part_of_a_step_leaves_the_others_in_its_record(run_out: Callable[..., Any], tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path, store_scores=True) as wrapper:
+        with activate(wrapper, step=0):
+            R = wrapper.update(mixture()[0])["R"]
+            run_out(wrapper, SHORTAGES["CUDA"])
+        wrapper.log_step(step=0, epoch=0)
+    assert not np.isnan(read_log(tmp_path)["trace_B"]).any()
+    assert torch.equal(read_scores(tmp_path)[0]["responsibilities"], torch.cat([R, torch.zeros(60, 3)]))

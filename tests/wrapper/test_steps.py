@@ -219,3 +219,25 @@ def test_steps_of_numpy_are_numbers() -> None:
         wrapper.update(mixture()[0], step=step)  # type: ignore[arg-type]
     assert wrapper.state is not None
     assert float(wrapper.state.moments.weight.sum()) == 120
+
+
+def test_rows_that_wait_are_the_estimators_own() -> None:
+    wrapper, expected, buffer = estimator(K=5), estimator(K=5), torch.empty(10, 4)
+    for seed in range(2):
+        batch = mixture(10, seed=seed)[0]
+        expected.update(batch, step=0)
+        wrapper.update(buffer.copy_(batch), step=0)
+    assert all_bits(wrapper) == all_bits(expected)
+
+
+def test_step_that_begins_without_a_row_moves_dead_components_all_the_same() -> None:
+    moved = {}
+    for first in (None, torch.zeros(0, 2)):
+        wrapper, moved[first is None] = estimator(K=2, revive_below=0.5), 0
+        wrapper.update(mixture(40, K=2, D=2)[0])
+        for step in range(6):
+            if first is not None:
+                wrapper.update(first, step=step)
+            one_cluster = torch.randn(40, 2, generator=torch.Generator().manual_seed(step))
+            moved[first is None] += int(wrapper.update(one_cluster, step=step)["n_revived"])
+    assert moved[True] == moved[False] > 0
