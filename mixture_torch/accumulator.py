@@ -182,11 +182,11 @@ class Accumulator:
             if continues and not early and last is not None:  # what is idle is no part: the step is yet to decay
                 counts: Tensor = last.rows.n_ignored + last.n_ignored < last.rows.N
                 further = counts if counts.is_cuda else bool(counts)  # for the CPU nobody waits
-            if peers is not None:
-                state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further)
-            else:
-                work = self._memory.lend(state.moments.covariance, N=len(part.x))
+            work = self._memory.lend(state.moments.covariance, N=len(part.x))
+            if peers is None:
                 state, stats = advance(state, part.x, part.labels, continues=further, work=work)
+            else:
+                state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further, work=work)
         return state, stats
 
     def _commit(

@@ -179,8 +179,8 @@ def scarce(here: Here, exchange: str, when: str) -> list[dict[str, Any]]:
     steps = [attempt(wrapper, *shares(0)[here.rank])]
     with ExitStack() as stack:
         if here.rank == 1:
-            name = "receive" if when == "before" else "advance" if exchange == "gather" else "merge"
-            stack.enter_context(patch.object(shares_of_core if name == "merge" else accumulator, name, fail))
+            name = "receive" if when == "before" else "advance" if exchange == "gather" else "_with_scatter"
+            stack.enter_context(patch.object(shares_of_core if name == "_with_scatter" else accumulator, name, fail))
         steps.append(attempt(wrapper, *shares(1)[here.rank]))
     return [*steps, attempt(wrapper, *shares(2)[here.rank])]
 
