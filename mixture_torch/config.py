@@ -131,5 +131,6 @@ def _unknown_key(key: object, known: list[str]) -> str:
     if key in FOREIGN_KEYS:
         return f"`{key}` is not an option here: {FOREIGN_KEYS[str(key)]}. Remove it from runtime.mixture."
     by_lower_case = {name.lower(): name for name in known}
-    near = by_lower_case[difflib.get_close_matches(str(key).lower(), by_lower_case, n=1, cutoff=0.0)[0]]
-    return f"`{key}` is not an option of runtime.mixture; did you mean `{near}`? There are {', '.join(known)}."
+    near = difflib.get_close_matches(str(key).lower(), by_lower_case, n=1)
+    hint = f"did you mean `{by_lower_case[near[0]]}`? There" if near else "there"
+    return f"`{key}` is not an option of runtime.mixture; {hint} are {', '.join(known)}."

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import attrs
 import torch
@@ -245,9 +245,11 @@ class MixtureStats:
 
         Raises:
             TypeError: An argument is of the wrong type.
-            ValueError: A shape is wrong, or there has been no update.
+            ValueError: A shape is wrong, there has been no update, or the estimator is disabled and has no mixture.
         """
         state = self._accumulator.standing.state
+        if state is None and not self.enabled:
+            raise ValueError("`enabled` must be true for `assign`, got false: without it there is no mixture.")
         if state is None:
             raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
         with full_float32(embeddings):
@@ -311,6 +313,13 @@ class MixtureStats:
     def __exit__(self, *_: object) -> None:
         """Closes the files."""
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be copied or pickled: a copy would write to the same files, on all ranks or in another process."""
+        raise TypeError(
+            "A MixtureStats cannot be copied or pickled, as it writes to its `log_dir`: make another one, give it "
+            "this one's `state_dict()` by `load_state_dict`, and keep neither inside of a module that is copied."
+        )
 
     def _skip(self, embeddings: Any, step: int | str | None, error: Exception) -> Mapping[str, Tensor]:
         """Goes on as if no row had counted; this is an instrument, and the run is what matters."""

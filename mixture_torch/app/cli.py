@@ -1,9 +1,7 @@
 """The command line: from what a user typed to a configuration, a run folder, and a run."""
 
 import functools
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ from rich.progress import Progress, TextColumn
 
 from mixture_torch.app.demo import MIXTURE, DemoConfig, Job, check, prepare
 from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, find_run_folder, make_run_folder
+from mixture_torch.app.messages import complain, one_line_errors, one_line_warnings
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig
@@ -25,7 +24,8 @@ DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # where options stand, by the first key
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which has no public name in typer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+# Markup would take `[default: 80]` for a style, and leave it out.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="mixture-diagnostics", standalone_mode=False) or 0
     except UsageError as error:
-        _complain(error.format_message())  # type: ignore[attr-defined]  # see UsageError
+        complain(error.format_message())  # type: ignore[attr-defined]  # see UsageError
         return 2
 
 
@@ -50,7 +50,10 @@ def root(context: typer.Context) -> None:
 
 @app.command()
 def demo(
-    config: Annotated[Path | None, typer.Option(help="YAML file with a `runtime: mixture:` block.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with a `runtime: mixture:` block.", exists=True, dir_okay=False, readable=True),
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", help="One option, such as runtime.mixture.K=12; may be repeated.")
     ] = None,
@@ -71,7 +74,7 @@ def demo(
     """
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "device": device}
     is_main = current_place().rank == 0
-    with _one_line_errors():
+    with one_line_errors():
         folder = find_run_folder(out) if resume else None
         own = [] if folder is None else [folder / CONFIG_FILE]
         given = [] if config is None else [config]
@@ -83,8 +86,8 @@ def demo(
             folder = make_run_folder(out)
             document = yaml.safe_dump(to_mapping(settings, mixture), sort_keys=False)
             write_atomically(folder / CONFIG_FILE, document.encode())
-    with process_group(pick_device(settings.device)):
-        with _one_line_errors():
+    with one_line_warnings(), process_group(pick_device(settings.device)):
+        with one_line_errors():
             job = prepare(settings, mixture, log_dir=folder, resume=resume)
         if is_main and resume:
             verb = "goes on" if job.n_done < job.n_steps else "is complete"
@@ -184,21 +187,6 @@ def _demo_config(block: Mapping[str, Any]) -> DemoConfig:
     if unknown := [key for key in block if key not in known]:
         raise ValueError(f"`{unknown[0]}` is not an option of demo; there are {', '.join(known)}.")
     return DemoConfig(**block)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Ends the program with one line about what the user should change."""
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        if current_place().rank == 0:
-            _complain(str(error))
-        raise typer.Exit(2) from error
-
-
-def _complain(message: str) -> None:
-    print("Error:", " ".join(message.split()), file=sys.stderr)
 
 
 def _train(job: Job, *, show_progress: bool) -> None:

@@ -60,8 +60,8 @@ class DemoConfig:
     epochs: int = attrs.field(default=80, converter=as_integer, validator=integer(at_least=1))
     # Images per step, over all ranks together.
     batch_size: int = attrs.field(default=512, converter=as_integer, validator=integer(at_least=2))
-    # Of the weights, the order of the images and their views.
-    seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0))
+    # Of the weights, the order of the images and their views. Every rank adds to it, and torch's seeds end at 2^64.
+    seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0, at_most=2**63 - 1))
     # `auto`, or what torch calls a device.
     device: str = attrs.field(default="auto", converter=str)
 

@@ -39,17 +39,22 @@ def find_run_folder(out: Path | None) -> Path:
     """Returns a folder with a run in it.
 
     Args:
-        out: The folder; None is, of runs/demo, runs/demo-2, ..., that of the run that began last.
+        out: The folder; None is, of runs/demo, runs/demo-2, ..., that of the run that began last, one that came to
+            nothing only where there is no other.
 
     Raises:
         ValueError: There is no run.
     """
     if out is None:
         configs = DEFAULT_FOLDER.parent.glob(f"*/{CONFIG_FILE}")
-        begun = [config for config in configs if NUMBERED.fullmatch(config.parent.name)]
-        if not begun:
+        runs = [config for config in configs if NUMBERED.fullmatch(config.parent.name)]
+        if not runs:
             raise ValueError(f"`--resume` must find a run in `{DEFAULT_FOLDER}`, got none; name its folder by `--out`.")
-        return max(begun, key=lambda config: config.stat().st_mtime_ns).parent
+        return max(runs, key=lambda config: (_has_steps(config.parent), config.stat().st_mtime_ns)).parent
     if not (out / CONFIG_FILE).is_file():
         raise ValueError(f"`--out` must be the folder of a run to resume, got `{out}` without `{CONFIG_FILE}`.")
     return out
+
+
+def _has_steps(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (LOG_FILE, CHECKPOINT_FILE))

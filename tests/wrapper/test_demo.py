@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,20 @@ def test_set_goes_over_the_config_file_and_the_file_over_the_defaults() -> None:
     assert set(read_log("run")["K"]) == {12}
 
 
+@pytest.mark.parametrize("option", ["epochs", "batch_size", "seed", "device"])
+def test_help_says_the_default(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--help"]) == 0
+    _, _, after = " ".join(capsys.readouterr().out.split()).partition(f"--{option.replace('_', '-')} ")
+    assert f"[default: {getattr(DemoConfig(), option)}]" in after.split("--")[0]
+
+
+def test_largest_seed_is_good_for_every_rank() -> None:
+    config = DemoConfig(epochs=1, seed=2**63 - 1)
+    images, ids = torch.zeros(1797, 1, 8, 8), torch.arange(1797)
+    batches = next(epochs_of_views(images, ids, config, Place(rank=255, world=256)))
+    assert len(next(batches).labels) == config.batch_size // 256
+
+
 def test_config_of_a_run_repeats_it() -> None:
     assert demo("--set", "runtime.mixture.mode=per_batch", "--seed", "3", "--out", "first") == 0
     assert main(["demo", "--config", "first/config.yaml", "--out", "second"]) == 0
@@ -120,7 +135,8 @@ def test_folder_with_a_run_is_left_alone(capsys: pytest.CaptureFixture[str]) -> 
         (["--set", "demo.epoch=3"], "`epoch` is not an option"),
         (["--set", "runtime.mixture={assigner: label_supervised}"], "must look like"),
         (["--set", "runtime.mixture.mode=label_supervised", "--set", "runtime.mixture.K=9"], "`K` must be at least 10"),
-        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "missing.yaml"], "Invalid value for '--config'"),
+        (["--config", "folder"], "Invalid value for '--config'"),
         (["--config", "torn.yaml"], "torn.yaml"),
         (["--config", "list.yaml"], "list.yaml"),
         (["--config", "blocks.yaml"], "`demo` must be a mapping"),
@@ -130,6 +146,7 @@ def test_folder_with_a_run_is_left_alone(capsys: pytest.CaptureFixture[str]) -> 
         (["--batch-size", "1"], "`batch_size` must be at least 2"),
         (["--batch-size", "1798"], "at most 1797"),
         (["--seed", "-1"], "`seed` must be at least 0"),
+        (["--seed", str(2**63)], "`seed` must be at most 9223372036854775807, got 9223372036854775808"),
         (["--device", "abacus"], "`device` must be"),
         (["--device", "meta"], "`device` must be"),
         (["--out", "torn.yaml"], "torn.yaml"),
@@ -142,6 +159,7 @@ def test_users_error_is_one_line_and_leaves_no_folder(
     Path("torn.yaml").write_text("runtime: {mixture: [")
     Path("list.yaml").write_text("[1, 2]")
     Path("blocks.yaml").write_text("demo: 3")
+    Path("folder").mkdir()
     before = sorted(Path().iterdir())
     assert demo(*arguments) == 2
     captured = capsys.readouterr()
@@ -172,6 +190,12 @@ def test_weights_are_the_same_to_the_bit_without_the_estimator() -> None:
         return {name: value.numpy().tobytes() for name, value in job.encoder.state_dict().items()}
 
     assert weights(enabled=True) == weights(enabled=False)
+
+
+def test_demo_puts_back_how_warnings_are_shown() -> None:
+    before = warnings.showwarning
+    assert demo() == 0
+    assert warnings.showwarning is before
 
 
 def test_demo_leaves_the_global_generator_alone() -> None:

@@ -1,5 +1,8 @@
 """Whatever is wrong: one line that says what was expected and what came, and nothing changed."""
 
+import copy
+import functools
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nested import nested_tensor
 
+from mixture_torch import MixtureStats
 from tests.wrapper.samples import all_bits, assert_says, estimator, mixture, unchanged
 
 NAN = float("nan")
@@ -135,6 +139,26 @@ def test_assign_says_what_is_wrong_with_a_batch(wrong: Wrong) -> None:
 def test_assign_comes_after_update() -> None:
     with pytest.raises(ValueError, match=r"^`assign` must come after `update`, got no mixture to assign to\.$"):
         estimator().assign(X)
+
+
+def test_assign_says_that_the_estimator_is_disabled() -> None:
+    with pytest.raises(ValueError, match=r"^`enabled` must be true for `assign`, got false: "):
+        estimator(enabled=False).assign(X)
+
+
+def updated() -> MixtureStats:
+    wrapper = estimator()
+    wrapper.update(X)
+    return wrapper
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("make", [estimator, updated, functools.partial(estimator, enabled=False)])
+def test_estimator_says_how_to_copy_it(
+    copied: Callable[[MixtureStats], object], make: Callable[[], MixtureStats]
+) -> None:
+    with pytest.raises(TypeError, match=r"^A MixtureStats cannot be copied or pickled.*`load_state_dict`"):
+        copied(make())
 
 
 STEPS: list[tuple[Any, type[Exception], str]] = [

@@ -207,6 +207,43 @@ def test_resuming_without_a_folder_takes_the_run_that_began_last(
     assert demo("--resume")[1].startswith("The run in runs/demo-2 is complete")
 
 
+def test_resuming_without_a_folder_passes_over_a_run_that_came_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo(*BRIEF)[0] == 0
+    Path("runs/demo-2").mkdir()
+    shutil.copy("runs/demo/config.yaml", "runs/demo-2")
+    assert demo("--resume")[1].startswith("The run in runs/demo is complete")
+
+
+def test_resuming_without_a_folder_takes_a_run_that_came_to_nothing_if_it_is_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo").mkdir(parents=True)
+    shutil.copy(complete / "config.yaml", "runs/demo")
+    assert demo("--resume")[1].startswith("The run in runs/demo goes on: 0 of 28 steps are done")
+
+
+def test_resumed_run_notes_in_one_line_what_it_set_aside(
+    complete: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint.pt").unlink()
+    assert demo("--resume", "--out", str(tmp_path))[0] == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mixture.superseded-1.csv" in line]
+    assert line.startswith("Note: ")
+
+
+def test_module_resumes_as_the_program_does(uninterrupted: Ended, tmp_path: Path) -> None:
+    kill(tmp_path, ("log_step", EPOCH + 6))
+    command = [sys.executable, "-m", "mixture_torch", "demo", "--resume", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as here: sums of two threads differ from those of one
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert ended(tmp_path, result.stdout) == uninterrupted
+
+
 def test_resuming_without_any_run_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
