@@ -314,11 +314,17 @@ class MixtureStats:
         """Closes the files."""
         self.close()
 
+    def __deepcopy__(self, _: object) -> "MixtureStats":
+        """Returns an estimator of the same options and mixture that writes no files, as a module's copy may hold."""
+        copied = MixtureStats.from_config(self._config, is_main=False)
+        copied.load_state_dict(self.state_dict())
+        return copied
+
     def __reduce__(self) -> NoReturn:
-        """Refuses to be copied or pickled: a copy would write to the same files, on all ranks or in another process."""
+        """Refuses to be pickled: in another process it would write to the same files."""
         raise TypeError(
-            "A MixtureStats cannot be copied or pickled, as it writes to its `log_dir`: make another one, give it "
-            "this one's `state_dict()` by `load_state_dict`, and keep neither inside of a module that is copied."
+            "A MixtureStats cannot be pickled, as it writes to its `log_dir`: make another one there, and give it this "
+            "one's `state_dict()` by `load_state_dict`."
         )
 
     def _skip(self, embeddings: Any, step: int | str | None, error: Exception) -> Mapping[str, Tensor]:

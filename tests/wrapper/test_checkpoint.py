@@ -242,3 +242,21 @@ def test_state_dict_has_the_same_shapes_before_and_after(updates: int, dim: int 
 def test_dim_is_insisted_on() -> None:
     with pytest.raises(ValueError, match=r"^`embeddings` must have shape \(N, 5\), got \(60, 4\)"):
         estimator(dim=5).update(mixture()[0])
+
+
+@kinds
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_deep_copy_has_the_mixture_and_no_files(options: dict[str, Any], updates: int, tmp_path: Path) -> None:
+    wrapper = run(estimator(log_dir=tmp_path / "run", store_scores=True, **options), range(updates))
+    copied = copy.deepcopy(wrapper)
+    assert all_bits(run(copied, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
+    copied.log_step(step=0, epoch=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_parts_that_do_not_belong_together_is_refused() -> None:
+    wrapper, other = run(estimator(), range(2)), run(estimator(), range(3))
+    for part in ("weight", "mean", "covariance"):
+        mixed = wrapper.state_dict() | {part: other.state_dict()[part]}
+        with pytest.raises(ValueError, match="of one mixture, got parts that do not belong together"):
+            estimator().load_state_dict(mixed)

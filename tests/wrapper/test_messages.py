@@ -152,12 +152,12 @@ def updated() -> MixtureStats:
     return wrapper
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("copied", [copy.copy, pickle.dumps])
 @pytest.mark.parametrize("make", [estimator, updated, functools.partial(estimator, enabled=False)])
 def test_estimator_says_how_to_copy_it(
     copied: Callable[[MixtureStats], object], make: Callable[[], MixtureStats]
 ) -> None:
-    with pytest.raises(TypeError, match=r"^A MixtureStats cannot be copied or pickled.*`load_state_dict`"):
+    with pytest.raises(TypeError, match=r"^A MixtureStats cannot be pickled.*`load_state_dict`"):
         copied(make())
 
 
