@@ -211,8 +211,7 @@ def synchronised(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     # A bucket for each parameter from the first step on. Torch sums all in one bucket there and deals them out anew
-    # later; with three ranks or more that is another order of summation, and a run that goes on would show it. Before
-    # torch 2.13 there is no such option.
+    # later; with three ranks or more that is another order of summation, and a run that goes on would show it.
     known = inspect.signature(DistributedDataParallel).parameters
-    options: dict[str, Any] = {"bucket_cap_mb_list": [0]} if "bucket_cap_mb_list" in known else {}
+    options: dict[str, Any] = {"bucket_cap_mb_list": [1e-6]} if "bucket_cap_mb_list" in known else {}
     return DistributedDataParallel(model, **options)

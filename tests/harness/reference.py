@@ -75,7 +75,7 @@ class Reference:
                 moments = self.history(moments)
             self.moments = oracle_merge(moments, oracle_batch_moments(rows, members))
             if int(stats["n_revived"]):
-                self.follow_revival(first=not earlier)
+                self.follow_revival(first=not any(R_.any() for R_ in earlier))
         self.token, self.parts = token, [*earlier, R]
         self.followed["updates"] += 1
 
@@ -127,7 +127,7 @@ class Reference:
         assert m is not None
         assert state is not None
         assert self.config.revives, "nothing is revived where that is off"
-        assert first, "nothing is revived in a further part of a step"
+        assert first, "nothing is revived in a part of a step behind one that counts"
         moved = state.moments.weight == 0
         limit = float(m.weight.sum()) * self.config.revive_below / self.config.K
         assert bool(moved.any()), "what is moved has weight 0"
