@@ -1,6 +1,5 @@
 """What writes the responsibilities of a run, in one file or in many; as in `writers`."""
 
-import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixture_torch.archive import ENTRY, HEADER, Array, Entry, archive, record, rows, tail
+from mixture_torch.caller import warn_caller
 from mixture_torch.disk import GrowingFile, Whole, move, write_atomically
 from mixture_torch.readers import (
     LIST_FILE,
@@ -34,11 +34,12 @@ class AppendScores:
 
     Args:
         log_dir: The run folder.
+        say: Is told what there is to warn about.
     """
 
-    def __init__(self, log_dir: str | Path) -> None:
+    def __init__(self, log_dir: str | Path, *, say: Callable[[str], None] = warn_caller) -> None:
         self._path = Path(log_dir).absolute() / LIST_FILE
-        self._file = GrowingFile(self._path, whole=self._look, header=HEADER)
+        self._file = GrowingFile(self._path, whole=self._look, header=HEADER, say=say)
         self._index = bytearray()
         self._was_open = False
         self._has_tail = False  # and it is complete
@@ -113,6 +114,7 @@ class AppendScores:
                 self._file.cut(start)
         else:
             write_atomically(self._path, archive(self._entries(0, lambda at: at < position)), durable=True)
+            self._file.close()
         self.flush()
         return int(moves.sum())
 
@@ -172,9 +174,11 @@ class PerStepScores:
 
     Args:
         log_dir: The run folder.
+        say: Is told what there is to warn about.
     """
 
-    def __init__(self, log_dir: str | Path) -> None:
+    def __init__(self, log_dir: str | Path, *, say: Callable[[str], None] = warn_caller) -> None:
+        self._say = say
         self._folder = Path(log_dir).absolute() / SHARD_FOLDER
         self._warned = False
 
@@ -194,7 +198,7 @@ class PerStepScores:
         save_atomically(path, _entry(step, epoch, responsibilities))
         if replaces and not self._warned:
             self._warned = True
-            warnings.warn(f"`{path}` was there already and has been replaced, as will be others.", stacklevel=2)
+            self._say(f"`{path}` was there already and has been replaced, as will be others.")
 
     def supersede(self, position: tuple[int, int], number: int, *, steps: Container[int]) -> int:
         """Moves the entries at or behind a position to the folder `mixture_scores.superseded-<number>`.

@@ -194,7 +194,8 @@ def test_csv_writer_begins_anew_where_the_folder_was_deleted(tmp_path: Path) -> 
     writer = CsvWriter(tmp_path / "run")
     writer.append(1, 0, 8, FIGURES)
     shutil.rmtree(tmp_path / "run")
-    writer.append(0, 0, 8, FIGURES)
+    with pytest.warns(UserWarning, match="was moved or deleted"):
+        writer.append(0, 0, 8, FIGURES)
     writer.close()
     assert contents(tmp_path / "run") == {"mixture.csv": HEADER + ROW}
 
@@ -450,7 +451,8 @@ def test_append_scores_begin_anew_where_the_folder_was_deleted(tmp_path: Path) -
     shutil.rmtree(tmp_path / "run")
     writer.flush()
     assert not (tmp_path / "run").exists()
-    writer.append(1, 0, R(0.0))
+    with pytest.warns(UserWarning, match="was moved or deleted"):
+        writer.append(1, 0, R(0.0))
     writer.close()
     assert listed(tmp_path / "run") == [1]
 
