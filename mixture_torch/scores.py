@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from mixture_torch.archive import ENTRY, HEADER, Array, Entry, archive, record, 
 from mixture_torch.caller import warn_caller
 from mixture_torch.disk import GrowingFile, Whole, move, write_atomically
 from mixture_torch.readers import (
+    FOREIGN_LIST,
     LIST_FILE,
     SHARD_FOLDER,
     SHARD_NAME,
@@ -154,7 +156,15 @@ class AppendScores:
             return self._look()
         if scan.size and not scan.has_header:
             write_atomically(self._path, mended(self._path), durable=True)
-        return Whole(scan.size, scan.torn)
+        return Whole(scan.size, scan.torn, (*scan.damage, *self._set_aside(scan.foreign)))
+
+    def _set_aside(self, foreign: bytes) -> list[str]:
+        if not foreign:
+            return []
+        names = map(FOREIGN_LIST.format, count(1))
+        path = next(path for path in map(self._path.with_name, names) if not path.exists())
+        write_atomically(path, foreign, durable=True)
+        return [f"`{self._path}` had {len(foreign)} bytes behind its end; they were moved to `{path.name}`."]
 
     def _entries(self, start: int, takes: Callable[[tuple[int, int]], bool]) -> Iterator[tuple[int, int, Array]]:
         scan = Scan(self._path, start=start)
@@ -191,10 +201,13 @@ class PerStepScores:
             responsibilities: (N, K), on any device.
 
         Raises:
+            ValueError: What is in its place is no entry; it is left as it is.
             OSError: The entry could not be written; an earlier one is as it was.
         """
         path = self._folder / SHARD_NAME.format(step)
         replaces = path.exists()
+        if replaces:
+            read_shard(path)
         save_atomically(path, _entry(step, epoch, responsibilities))
         if replaces and not self._warned:
             self._warned = True
@@ -239,4 +252,4 @@ def _entry(step: int, epoch: int, responsibilities: Tensor) -> ScoreEntry:
 
 
 def _unpacked(entry: ScoreEntry) -> tuple[int, int, Array]:
-    return entry["step"], entry["epoch"], entry["responsibilities"].detach().numpy()
+    return entry["step"], entry["epoch"], entry["responsibilities"].detach().resolve_neg().numpy()
