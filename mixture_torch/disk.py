@@ -8,6 +8,7 @@ they are complete.
 import errno
 import os
 import socket
+import stat
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ except ModuleNotFoundError:  # not on Windows, where nothing is locked
     fcntl = None
 
 LOCK_FILE = "mixture.lock"
+HOLDER = b"process "  # how it begins
 ATTEMPTS = 100  # to take a lock whose file is deleted again and again
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that know none
 
@@ -31,6 +33,7 @@ class Whole(NamedTuple):
 
     size: int  # bytes up to the end of the last whole piece
     torn: int  # bytes behind them that an unfinished write left
+    news: tuple[str, ...] = ()  # what else there is to say of it
 
 
 class GrowingFile:
@@ -41,13 +44,19 @@ class GrowingFile:
         whole: Returns how much of the existing file is whole, or raises where it is not ours. What is torn is cut off
             with a warning; what is neither whole nor torn is the tail.
         header: What goes into an empty file first.
+        say: Is told what there is to warn about, when the file is open.
     """
 
-    def __init__(self, path: Path, *, whole: Callable[[], Whole], header: bytes = b"") -> None:
+    def __init__(
+        self, path: Path, *, whole: Callable[[], Whole], header: bytes = b"", say: Callable[[str], None] = warnings.warn
+    ) -> None:
         self.path = path
         self._whole = whole
         self._header = header
+        self._say = say
         self._fd: int | None = None
+        self._has_identity = True  # or the file system gives it none to go by
+        self._vanished = False
         self._end = 0  # of the last whole piece
         self._size = 0  # of the file, tail included
 
@@ -62,16 +71,17 @@ class GrowingFile:
         return self._size > self._end
 
     def open(self) -> None:
-        """Opens the file unless it is open, anew where somebody deleted or changed it.
+        """Opens the file unless it is open, anew where somebody deleted, moved or changed it.
 
         Raises:
             ValueError: The file is not ours; it is left as it is.
             OSError: The file cannot be opened.
         """
         if self._fd is not None:
-            status = os.fstat(self._fd)
-            if status.st_nlink and status.st_size == self._size:
+            is_here = _is_at(self._fd, self.path) if self._has_identity else os.fstat(self._fd).st_nlink
+            if is_here and os.fstat(self._fd).st_size == self._size:
                 return
+            self._vanished = not self.path.exists()
             self.close()
         whole = self._whole() if self.path.exists() else Whole(0, 0)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +89,7 @@ class GrowingFile:
         try:
             self._size = os.fstat(self._fd).st_size
             self._end = whole.size
+            self._has_identity = _is_at(self._fd, self.path)
             if whole.torn:
                 self._cut()
             if not self._end and self._header:
@@ -86,10 +97,13 @@ class GrowingFile:
         except BaseException:
             self.close()
             raise
+        if self._vanished:
+            self._vanished = False
+            self._say(f"`{self.path}` was moved or deleted; a new one is begun.")
+        for news in whole.news:
+            self._say(news)
         if whole.torn:
-            warnings.warn(
-                f"`{self.path}` ended in {whole.torn} bytes of an unfinished write; they were dropped.", stacklevel=3
-            )
+            self._say(f"`{self.path}` ended in {whole.torn} bytes of an unfinished write; they were dropped.")
 
     def append(self, data: bytes) -> None:
         """Hands all of `data` to the operating system, behind the last piece and in place of a tail, or nothing.
@@ -163,15 +177,17 @@ def write_atomically(path: Path, data: bytes | memoryview | Iterable[bytes], *, 
     """Makes `data` the content of a file, which at no instant is missing, if it was there, or incomplete.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: The file, or a link to it, which stays one; its folder is made if need be.
         data: The whole content, in one piece or in several.
         durable: Outlast a loss of power too, for some milliseconds.
 
     Raises:
         OSError: The file could not be written; it is as it was, and no temporary file is left.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # always the same, so that those of killed processes do not pile up
+    # Always the same, so that those of killed processes do not pile up, and no name that somebody else would choose.
+    temporary = path.with_name(f".{path.name}.mixture_torch.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     try:
         fd = os.open(temporary, flags, 0o666)
@@ -193,12 +209,20 @@ def write_atomically(path: Path, data: bytes | memoryview | Iterable[bytes], *, 
 def move(paths: Iterable[Path], folder: Path) -> None:
     """Moves files, each at once and under its name, into a folder, which is made if need be; for good.
 
+    To another file system, a file is copied, and may be in both places for a while.
+
     Raises:
         OSError: A file could not be moved; it and those behind it are where they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        os.replace(path, folder / path.name)
+        try:
+            os.replace(path, folder / path.name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            write_atomically(folder / path.name, path.read_bytes(), durable=True)
+            os.unlink(path)
     _sync_folder(folder)
 
 
@@ -232,6 +256,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK_FILE
         self._fd: int | None = None
+        self._has_identity = True  # as a file that grows
         _locks.add(self)
 
     @property
@@ -240,24 +265,28 @@ class FolderLock:
         return self._fd is not None
 
     def acquire(self) -> None:
-        """Takes the lock unless it is held; anew where the folder was deleted.
+        """Takes the lock unless it is held; anew where the folder was deleted or moved.
 
         Raises:
-            ValueError: Another process has it.
+            ValueError: Another process has it, or the file is not ours.
             OSError: The lock file cannot be made.
         """
-        if self._fd is not None and os.fstat(self._fd).st_nlink:
-            return
-        self._drop()
+        if self._fd is not None:
+            if _is_at(self._fd, self._path) if self._has_identity else os.fstat(self._fd).st_nlink:
+                return
+            self._drop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         for attempt in count(1):
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._lock(fd)
+                self._check(fd)
                 # Not deleted in between by the one who had it; nor for ever where files have no identity to go by.
-                if _is_at(fd, self._path) or attempt == ATTEMPTS:
+                self._has_identity = _is_at(fd, self._path)
+                os.lseek(fd, 0, os.SEEK_SET)
+                if self._has_identity or attempt == ATTEMPTS:
                     os.ftruncate(fd, 0)
-                    _write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    _write(fd, HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
                     self._fd, fd = fd, -1
                     return
             finally:
@@ -288,6 +317,15 @@ class FolderLock:
             if error.errno not in NO_LOCKS:
                 raise
 
+    def _check(self, fd: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        begins = os.read(fd, len(HOLDER)).rstrip(b"\0") if is_file else b""  # a power cut leaves zeros
+        if not (is_file and HOLDER.startswith(begins)):
+            raise ValueError(
+                f"`{self._path}` must be the lock of a run folder, got something else; "
+                "move the file away or choose another `log_dir`."
+            )
+
     def _drop(self) -> None:
         if self._fd is not None:
             fd, self._fd = self._fd, None
@@ -311,5 +349,5 @@ def _is_at(fd: int, path: Path) -> bool:
     """Whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

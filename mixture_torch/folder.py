@@ -34,9 +34,10 @@ class RunFolder:
         self._path = path
         self._owner = os.getpid()
         self._lock = FolderLock(path)
-        self._log = CsvWriter(path)
-        self._per_step = PerStepScores(path)
-        self._append: AppendScores | None = None  # None where not in use
+        self._news: list[str] = []  # to be said when the work is done, as warnings may be made errors
+        self._log = CsvWriter(path, say=self._news.append)
+        self._per_step = PerStepScores(path, say=self._news.append)
+        self._append = AppendScores(path, say=self._news.append)
         self._users: set[object] = set()
         self._backlog = Backlog()
         self._faults: dict[str, str] = {}  # why "rows" and "files" broke off, until they work again
@@ -72,7 +73,8 @@ class RunFolder:
             self._warned_of_order = False
         self._users.add(user)
         if is_shared:
-            warn_caller(f"`{self._path}` is open in this process already; both write to it.")
+            self._news.append(f"`{self._path}` is open in this process already; both write to it.")
+        self._say_news()
 
     def write(self, row: Row, *, strict: bool) -> None:
         """Writes a row behind those that are still to be written; where it cannot, it is kept.
@@ -90,6 +92,7 @@ class RunFolder:
             self._attempt("rows", self._write_rows, strict=strict)
         finally:
             self._backlog.hold(row)
+        self._say_news()
 
     def flush(self, *, strict: bool) -> None:
         """Makes all files complete, on the disk; where nobody has them open, closes them.
@@ -100,6 +103,7 @@ class RunFolder:
         """
         self._attempt("rows", self._write_rows, strict=strict)
         self._attempt("files", self._complete, strict=strict)
+        self._say_news()
 
     def leave(self, user: object, *, strict: bool = False, for_good: bool = False) -> None:
         """Makes all files complete, and closes them behind the last user; a later `join` opens them again.
@@ -120,15 +124,14 @@ class RunFolder:
             self._attempt("files", self._complete, strict=strict, quiet=True)
         if not (for_good and self._users):  # whom it concerns, and who will say it
             self._say_what_is_missing(for_good)
+        self._say_news()
 
     def _open(self, scores_mode: Mode | None) -> None:
         """Looks at every file before it changes any."""
         self._lock.acquire()
         self._log.check()
         if scores_mode == "append":
-            append = self._append or AppendScores(self._path)
-            append.open()
-            self._append = append
+            self._append.open()
         self._log.open()
 
     def _attempt(self, part: str, action: Callable[[], None], *, strict: bool, quiet: bool = False) -> None:
@@ -143,7 +146,7 @@ class RunFolder:
             if strict:
                 raise
             if was_well and not quiet:
-                warn_caller(
+                self._news.append(
                     f"`{self._path}` could not be written ({self._faults[part]}): rows are kept in memory and tried "
                     "again at every `log_step` and `flush`."
                 )
@@ -162,10 +165,8 @@ class RunFolder:
             self._lock.acquire()
             self._log.open()
             if row.superseding is not None:
-                said = row.superseding.run(self._path, row.position, log=self._log, append=self._append)
+                row.superseding.run(self._path, row.position, log=self._log, append=self._append, say=self._news.append)
                 row.superseding = None
-                if said is not None:
-                    warn_caller(said)
             if row.R is not None:
                 self._write_scores(row, row.R)
                 self._backlog.stored(row)
@@ -180,7 +181,6 @@ class RunFolder:
         if row.scores_mode == "per_step":
             self._per_step.append(row.step, row.epoch, R)
             return
-        self._append = self._append or AppendScores(self._path)
         self._append.open()
         if not row.scores.is_in(self._append.end):
             self._append.append(row.step, row.epoch, R)
@@ -188,7 +188,7 @@ class RunFolder:
     def _warn_of_order(self, row: Row, epoch: int, step: int) -> None:
         if not self._warned_of_order:
             self._warned_of_order = True
-            warn_caller(
+            self._news.append(
                 f"`{self._path}` got step {row.step} of epoch {row.epoch} after step {step} of epoch {epoch}, and "
                 "keeps both, as it will others; call `load_state_dict` first, which sets the later ones aside, or "
                 "choose another `log_dir`, or a `step` that counts on."
@@ -208,9 +208,7 @@ class RunFolder:
             if not self._users:
                 self._lock.release()
 
-    def _complete_one(self, writer: CsvWriter | AppendScores | None) -> None:
-        if writer is None:
-            return
+    def _complete_one(self, writer: CsvWriter | AppendScores) -> None:
         if self._users:
             writer.flush()
         else:
@@ -228,7 +226,11 @@ class RunFolder:
             said.append(f"lacks {self._backlog.dropped} entries of responsibilities, for which memory had no room")
             self._backlog.dropped = 0
         if said:
-            warn_caller(f"`{self._path}` {'; it '.join(said)}.")
+            self._news.append(f"`{self._path}` {'; it '.join(said)}.")
+
+    def _say_news(self) -> None:
+        while self._news:
+            warn_caller(self._news.pop(0))
 
 
 _folders: weakref.WeakValueDictionary[str, RunFolder] = weakref.WeakValueDictionary()

@@ -6,13 +6,15 @@
 
 What a run has recorded and, resumed from a checkpoint, records again is set aside in files of the same formats:
 mixture.superseded-1.csv, mixture_scores.superseded-1.pt and mixture_scores.superseded-1/, then those of number 2.
+What somebody appended to mixture_scores.pt is set aside in mixture_scores.foreign-1.pt.
 
 Reading changes no file, and is safe beside a run that is still writing.
 """
 
 import errno
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -41,6 +43,7 @@ SHARD_FOLDER = "mixture_scores"
 SHARD_NAME = "step_{:06d}.pt"
 SHARD_PATTERN = "step_*.pt"
 
+FOREIGN_LIST = "mixture_scores.foreign-{}.pt"
 SUPERSEDED_LOG = "mixture.superseded-{}.csv"
 SUPERSEDED_LIST = "mixture_scores.superseded-{}.pt"
 SUPERSEDED_SHARDS = "mixture_scores.superseded-{}"
@@ -85,7 +88,8 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
     """Returns every entry of responsibilities in a run folder, whichever `scores_mode` wrote it.
 
     Entries of `append` come in the order in which they were logged, flushed or not, and before those of `per_step`,
-    which come in the order of their steps. What is damaged is left out with a warning.
+    which come in the order of their steps. With a warning, what is damaged is left out: an entry with a wrong checksum,
+    an unfinished one at the end, a file of `per_step` that is none, and what stands behind the end.
 
     Args:
         log_dir: The run folder, as given to the estimator.
@@ -95,7 +99,7 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
 
     Raises:
         FileNotFoundError: No scores of either mode.
-        ValueError: A file that is not ours, or is damaged.
+        ValueError: A `mixture_scores.pt` that is not ours.
     """
     folder = Path(log_dir)
     shards = list((folder / SHARD_FOLDER).glob(SHARD_PATTERN))
@@ -106,7 +110,17 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
             "was `store_scores` on?"
         )
     appended = read_appended(path) if path.exists() else []
-    return appended + sorted(map(read_shard, shards), key=lambda entry: entry["step"])
+    return appended + sorted(_readable(shards), key=lambda entry: entry["step"])
+
+
+def _readable(shards: list[Path]) -> Iterator[ScoreEntry]:
+    for path in shards:
+        try:
+            yield read_shard(path)
+        except FileNotFoundError:  # set aside meanwhile
+            continue
+        except ValueError as error:
+            warnings.warn(f"{error} It was left out.", stacklevel=3)
 
 
 def read_whole_lines(path: Path) -> bytes:
@@ -115,6 +129,8 @@ def read_whole_lines(path: Path) -> bytes:
     Raises:
         ValueError: The file has another header.
     """
+    if _is_special(path):
+        raise ValueError(f"`{path}` must be a file, got a pipe or a device; move it away or choose another `log_dir`.")
     data = path.read_bytes().rstrip(b"\0")  # which a power cut leaves where nothing had come to the disk yet
     if not (data.startswith(LOG_HEADER) or LOG_HEADER.startswith(data)):
         found = data.split(b"\n", 1)[0][:80].decode("ascii", errors="backslashreplace")
@@ -141,7 +157,7 @@ def step_of(name: str) -> int | None:
 
 
 def read_appended(path: Path) -> list[ScoreEntry]:
-    """Returns the entries of a file that is an archive, or a list.
+    """Returns the entries of a file that is an archive, or a list; warns about what is left out.
 
     Raises:
         ValueError: The file is neither.
@@ -150,7 +166,16 @@ def read_appended(path: Path) -> list[ScoreEntry]:
     entries: list[ScoreEntry] = [
         {"step": entry.step, "epoch": entry.epoch, "responsibilities": torch.from_numpy(R)} for entry, R in scan
     ]
-    return entries if scan.is_ours else read_list(path)
+    if not scan.is_ours:
+        return read_list(path)
+    said = list(scan.damage)
+    if scan.torn:
+        said.append(f"`{path}` ends in {scan.torn} bytes of an unfinished write; they were left out.")
+    if scan.foreign:
+        said.append(f"`{path}` has {len(scan.foreign)} bytes behind its end; they were left out.")
+    for message in said:
+        warnings.warn(message, stacklevel=3)
+    return entries
 
 
 def read_list(path: Path, *, in_memory: bool = True) -> list[ScoreEntry]:
@@ -177,6 +202,8 @@ def read_shard(path: Path) -> ScoreEntry:
 
 
 def _load(path: Path, is_ours: Callable[[Any], bool], *, expected: str, mmap: bool = False) -> Any:
+    if _is_special(path):
+        raise _foreign(path, expected)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises whatever comes up while it parses foreign bytes, EINVAL too
@@ -196,7 +223,14 @@ def _is_entry(value: Any) -> bool:
     if not (isinstance(value, dict) and value.keys() == ScoreEntry.__annotations__.keys()):
         return False
     step, epoch, R = value["step"], value["epoch"], value["responsibilities"]
-    return _is_count(step) and _is_count(epoch) and isinstance(R, Tensor) and (R.dtype, R.ndim) == (torch.float32, 2)
+    if not (_is_count(step) and _is_count(epoch) and isinstance(R, Tensor)):
+        return False
+    return (R.dtype, R.ndim, R.layout, R.device.type) == (torch.float32, 2, torch.strided, "cpu")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, which may have no end, or never begin."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _is_count(value: Any) -> bool:

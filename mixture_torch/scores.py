@@ -1,16 +1,18 @@
 """What writes the responsibilities of a run, in one file or in many; as in `writers`."""
 
-import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mixture_torch.archive import ENTRY, HEADER, Array, Entry, archive, record, rows, tail
+from mixture_torch.caller import warn_caller
 from mixture_torch.disk import GrowingFile, Whole, move, write_atomically
 from mixture_torch.readers import (
+    FOREIGN_LIST,
     LIST_FILE,
     SHARD_FOLDER,
     SHARD_NAME,
@@ -34,11 +36,12 @@ class AppendScores:
 
     Args:
         log_dir: The run folder.
+        say: Is told what there is to warn about.
     """
 
-    def __init__(self, log_dir: str | Path) -> None:
+    def __init__(self, log_dir: str | Path, *, say: Callable[[str], None] = warn_caller) -> None:
         self._path = Path(log_dir).absolute() / LIST_FILE
-        self._file = GrowingFile(self._path, whole=self._look, header=HEADER)
+        self._file = GrowingFile(self._path, whole=self._look, header=HEADER, say=say)
         self._index = bytearray()
         self._was_open = False
         self._has_tail = False  # and it is complete
@@ -113,6 +116,7 @@ class AppendScores:
                 self._file.cut(start)
         else:
             write_atomically(self._path, archive(self._entries(0, lambda at: at < position)), durable=True)
+            self._file.close()
         self.flush()
         return int(moves.sum())
 
@@ -152,7 +156,15 @@ class AppendScores:
             return self._look()
         if scan.size and not scan.has_header:
             write_atomically(self._path, mended(self._path), durable=True)
-        return Whole(scan.size, scan.torn)
+        return Whole(scan.size, scan.torn, (*scan.damage, *self._set_aside(scan.foreign)))
+
+    def _set_aside(self, foreign: bytes) -> list[str]:
+        if not foreign:
+            return []
+        names = map(FOREIGN_LIST.format, count(1))
+        path = next(path for path in map(self._path.with_name, names) if not path.exists())
+        write_atomically(path, foreign, durable=True)
+        return [f"`{self._path}` had {len(foreign)} bytes behind its end; they were moved to `{path.name}`."]
 
     def _entries(self, start: int, takes: Callable[[tuple[int, int]], bool]) -> Iterator[tuple[int, int, Array]]:
         scan = Scan(self._path, start=start)
@@ -172,9 +184,11 @@ class PerStepScores:
 
     Args:
         log_dir: The run folder.
+        say: Is told what there is to warn about.
     """
 
-    def __init__(self, log_dir: str | Path) -> None:
+    def __init__(self, log_dir: str | Path, *, say: Callable[[str], None] = warn_caller) -> None:
+        self._say = say
         self._folder = Path(log_dir).absolute() / SHARD_FOLDER
         self._warned = False
 
@@ -187,14 +201,17 @@ class PerStepScores:
             responsibilities: (N, K), on any device.
 
         Raises:
+            ValueError: What is in its place is no entry; it is left as it is.
             OSError: The entry could not be written; an earlier one is as it was.
         """
         path = self._folder / SHARD_NAME.format(step)
         replaces = path.exists()
+        if replaces:
+            read_shard(path)
         save_atomically(path, _entry(step, epoch, responsibilities))
         if replaces and not self._warned:
             self._warned = True
-            warnings.warn(f"`{path}` was there already and has been replaced, as will be others.", stacklevel=2)
+            self._say(f"`{path}` was there already and has been replaced, as will be others.")
 
     def supersede(self, position: tuple[int, int], number: int, *, steps: Container[int]) -> int:
         """Moves the entries at or behind a position to the folder `mixture_scores.superseded-<number>`.
@@ -235,4 +252,4 @@ def _entry(step: int, epoch: int, responsibilities: Tensor) -> ScoreEntry:
 
 
 def _unpacked(entry: ScoreEntry) -> tuple[int, int, Array]:
-    return entry["step"], entry["epoch"], entry["responsibilities"].detach().numpy()
+    return entry["step"], entry["epoch"], entry["responsibilities"].detach().resolve_neg().numpy()

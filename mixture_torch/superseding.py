@@ -1,9 +1,9 @@
 """What a resumed run records again: earlier records of the same steps are set aside, never deleted."""
 
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from mixture_torch.caller import warn_caller
 from mixture_torch.readers import SUPERSEDED_LIST, SUPERSEDED_LOG, SUPERSEDED_SHARDS
 from mixture_torch.scores import AppendScores, PerStepScores
 from mixture_torch.writers import CsvWriter
@@ -25,15 +25,17 @@ class Superseding:
         position: tuple[int, int],
         *,
         log: CsvWriter,
-        append: AppendScores | None,
-    ) -> str | None:
-        """Returns what was moved where, in words; None where there was nothing to move.
+        append: AppendScores,
+        say: Callable[[str], None],
+    ) -> None:
+        """Does it.
 
         Args:
             log_dir: The run folder.
             position: (epoch, step) of the first record that is recorded anew.
             log: Writer of the rows.
-            append: Writer of the scores that are in one file, where it is in use.
+            append: Writer of the scores that are in one file.
+            say: Is told what was moved where; nothing where there was nothing to move.
 
         Raises:
             ValueError: The log is not ours.
@@ -42,26 +44,17 @@ class Superseding:
         self._number = self._number or next(n for n in count(1) if not _files(log_dir, n))
         steps = log.steps_from(position)
         self._entries += PerStepScores(log_dir).supersede(position, self._number, steps=steps)
-        self._entries += _supersede_list(append, log_dir, position, self._number)
+        try:
+            self._entries += append.supersede(position, self._number)
+        except ValueError as error:  # not ours, and no reason to end a training run
+            say(f"{error} It was left as it is.")
         rows = log.supersede(position, self._number)  # last, as it tells which entries to look into
-        if not (rows or self._entries):
-            return None
-        return (
-            f"`{log_dir}` goes on from step {position[1]} of epoch {position[0]}: {rows} rows and {self._entries} "
-            f"entries of responsibilities from there on were moved to {' and '.join(_files(log_dir, self._number))}."
-        )
-
-
-def _supersede_list(append: AppendScores | None, log_dir: Path, position: tuple[int, int], number: int) -> int:
-    writer = append or AppendScores(log_dir)
-    try:
-        moved = writer.supersede(position, number)
-        if append is None:
-            writer.close()
-    except ValueError as error:  # not ours, and no reason to end a training run
-        warn_caller(f"{error} It was left as it is.")
-        return 0
-    return moved
+        if rows or self._entries:
+            say(
+                f"`{log_dir}` goes on from step {position[1]} of epoch {position[0]}: {rows} rows and {self._entries} "
+                "entries of responsibilities from there on were moved to "
+                f"{' and '.join(_files(log_dir, self._number))}."
+            )
 
 
 def _files(log_dir: Path, number: int) -> list[str]:

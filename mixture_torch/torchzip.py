@@ -66,6 +66,23 @@ def listing(*name: bytes | tuple[str, str]) -> Template:
     )
 
 
+def end_of_zip(data: bytes, position: int) -> int | None:
+    """Returns where in some bytes the zip ends that they are the end of, None where it is not complete.
+
+    Args:
+        data: With all of the directory.
+        position: Where in the file they are.
+    """
+    place = -1
+    while (place := data.find(b"PK\6\6", place + 1)) >= 0:
+        count, size, offset = (int.from_bytes(data[place + at : place + at + 8], "little") for at in (24, 40, 48))
+        if offset + size == position + place:  # before it is tried: other numbers may be beyond any file
+            end = directory_end(offset, size, count)
+            if data.startswith(end, place):
+                return place + len(end)
+    return None
+
+
 def directory_end(offset: int, size: int, count: int) -> bytes:
     """Returns what follows a directory of so many records, which begins at an offset."""
     end64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, VERSION, VERSION, 0, 0, count, count, size, offset)

@@ -5,11 +5,12 @@ Writers make nothing, not even the folder, before the first `append`, and may be
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from mixture_torch.caller import warn_caller
 from mixture_torch.disk import GrowingFile, Whole, write_atomically
 from mixture_torch.readers import LOG_FILE, LOG_HEADER, SUPERSEDED_LOG, position_of, read_whole_lines
 
@@ -19,11 +20,12 @@ class CsvWriter:
 
     Args:
         log_dir: The run folder.
+        say: Is told what there is to warn about.
     """
 
-    def __init__(self, log_dir: str | Path) -> None:
+    def __init__(self, log_dir: str | Path, *, say: Callable[[str], None] = warn_caller) -> None:
         self._path = Path(log_dir).absolute() / LOG_FILE  # absolute: the working directory may change before a write
-        self._file = GrowingFile(self._path, whole=self._whole, header=LOG_HEADER)
+        self._file = GrowingFile(self._path, whole=self._whole, header=LOG_HEADER, say=say)
         self.last: tuple[int, int] | None = None  # (epoch, step) of the last row of the open file
 
     @property
@@ -98,6 +100,8 @@ class CsvWriter:
                 self._file.cut(len(remainder))
             else:
                 write_atomically(self._path, remainder, durable=True)
+                self._file.close()
+                self._file.open()
             self.last = _last_position(kept)
         return len(moved)
 

@@ -93,7 +93,8 @@ def test_growing_file_drops_what_a_crash_tore_with_a_warning(tmp_path: Path) -> 
     assert contents(tmp_path) == {"file": b"HEAD11113333"}
 
 
-@pytest.mark.parametrize("change", ["delete", "replace", "truncate", "lengthen"])
+@pytest.mark.filterwarnings("ignore")  # what is said is the next test's
+@pytest.mark.parametrize("change", ["delete", "move", "replace", "truncate", "lengthen"])
 def test_growing_file_looks_again_where_somebody_changed_it(tmp_path: Path, change: str) -> None:
     path = tmp_path / "file"
     file = growing(path)
@@ -101,14 +102,42 @@ def test_growing_file_looks_again_where_somebody_changed_it(tmp_path: Path, chan
     file.append(b"2222")
     if change == "delete":
         path.unlink()
+    elif change == "move":
+        path.rename(tmp_path / "moved")
     elif change == "replace":
-        write_atomically(path, b"HEADaaaa")
+        os.link(path, tmp_path / "backup")
+        write_atomically(path, b"HEADaaaabbbb")
     else:
         path.write_bytes(b"HEAD" if change == "truncate" else b"HEAD111122223333")
     before = path.read_bytes() if path.exists() else b"HEAD"
     file.append(b"4444")
     file.close()
     assert path.read_bytes() == before + b"4444"
+
+
+@pytest.mark.parametrize("change", ["delete", "move"])
+def test_growing_file_that_vanishes_is_missed_once(tmp_path: Path, change: str) -> None:
+    said: list[str] = []
+    file = GrowingFile(tmp_path / "file", whole=lambda: Whole(4, 0), say=said.append)
+    file.append(b"1111")
+    if change == "move":
+        (tmp_path / "file").rename(tmp_path / "moved")
+    else:
+        (tmp_path / "file").unlink()
+    file.append(b"2222")
+    file.append(b"3333")
+    file.close()
+    assert said == [f"`{tmp_path / 'file'}` was moved or deleted; a new one is begun."]
+
+
+def test_growing_file_stays_open_where_files_have_no_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    file = growing(tmp_path / "file")
+    file.append(b"1111")
+    monkeypatch.delattr(os, "open")
+    file.append(b"2222")
+    file.close()
+    assert contents(tmp_path) == {"file": b"HEAD11112222"}
 
 
 def test_growing_file_leaves_one_that_is_not_ours(tmp_path: Path) -> None:
@@ -178,6 +207,35 @@ def test_write_atomically_takes_pieces(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"one and two"}
 
 
+def test_write_atomically_keeps_a_link_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "file").symlink_to(tmp_path / "real" / "file")
+    for data in (b"old", b"new"):
+        write_atomically(tmp_path / "file", data)
+    assert (tmp_path / "file").is_symlink()
+    assert contents(tmp_path / "real") == {"file": b"new"}
+
+
+def test_write_atomically_takes_no_name_that_a_user_would(tmp_path: Path) -> None:
+    (tmp_path / "file.tmp").write_bytes(b"mine")
+    write_atomically(tmp_path / "file", b"new")
+    assert contents(tmp_path) == {"file": b"new", "file.tmp": b"mine"}
+
+
+def test_move_to_another_file_system_copies(tmp_path: Path) -> None:
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        original(source, target)
+
+    original = os.replace
+    (tmp_path / "one").write_text("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        move([tmp_path / "one"], tmp_path / "folder")
+    assert contents(tmp_path) == {"folder/one": b"one"}
+
+
 def test_move_keeps_names_and_contents(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("one", "two")]
     for path in paths:
@@ -229,6 +287,39 @@ def test_lock_is_taken_anew_where_the_folder_was_deleted(tmp_path: Path) -> None
     lock.acquire()
     assert os.listdir(tmp_path / "run") == ["mixture.lock"]
     lock.release()
+
+
+def test_lock_is_taken_anew_where_the_folder_was_moved(tmp_path: Path) -> None:
+    lock, other = FolderLock(tmp_path / "run"), FolderLock(tmp_path / "run")
+    lock.acquire()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    lock.acquire()
+    with pytest.raises(ValueError, match="has open; end that"):
+        other.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("left", [b"", b"proc", bytes(20)], ids=["empty", "torn", "zeros"])
+def test_lock_left_by_a_power_cut_is_taken_over(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "mixture.lock").write_bytes(left)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert (tmp_path / "mixture.lock").read_text().startswith(f"process {os.getpid()} on ")
+    lock.release()
+
+
+def test_lock_leaves_a_file_that_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "mixture.lock").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"lock` must be the lock of a run folder, got something else; move the file"):
+        FolderLock(tmp_path).acquire()
+    assert contents(tmp_path) == {"mixture.lock": b"mine"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_lock_leaves_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mixture.lock")
+    with pytest.raises(ValueError, match="must be the lock of a run folder"):
+        FolderLock(tmp_path).acquire()
 
 
 def test_lock_of_a_folder_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from mixture_torch import backlog
 from mixture_torch.readers import read_scores
 from tests.wrapper.conftest import Disk
-from tests.wrapper.recording import HEADER, broken, log, places, recorder, row, run, said, stats
+from tests.wrapper.recording import HEADER, broken, log, places, process, recorder, row, run, said, stats
 from tests.wrapper.samples import contents
 
 FAULTS = {
@@ -43,6 +43,11 @@ def missing(log_dir: Path, cause: str, *, rows: int, entries: int) -> str:
         f"`{log_dir}` could not be written ({cause}): {rows} rows and {entries} entries of responsibilities are kept "
         "in memory, and tried again at `log_step`, `flush` and `close`."
     )
+
+
+def vanished(log_dir: Path, options: dict[str, Any]) -> list[str]:
+    names = ["mixture.csv", "mixture_scores.pt"] if options == SCORES[1] else ["mixture.csv"]
+    return [f"`{log_dir / name}` was moved or deleted; a new one is begun." for name in names]
 
 
 def assert_holds(log_dir: Path, *steps: int, options: dict[str, Any]) -> None:
@@ -160,8 +165,37 @@ def test_folder_that_is_deleted_is_made_anew(tmp_path: Path, options: dict[str, 
     with said() as messages:
         log(one, 1)
         one.close()
-    assert messages == []
+    assert messages == vanished(tmp_path / "run", options)
     assert_holds(tmp_path / "run", 1, options=options)
+
+
+@scores
+def test_folder_that_is_moved_keeps_its_rows_and_is_made_anew(tmp_path: Path, options: dict[str, Any]) -> None:
+    one = recorder(tmp_path / "run", **options)
+    log(one, 0)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with said() as messages:
+        log(one, 1)
+        one.close()
+    assert messages == vanished(tmp_path / "run", options)
+    assert_holds(tmp_path / "moved", 0, options=options)
+    assert_holds(tmp_path / "run", 1, options=options)
+
+
+def test_rows_wait_where_another_process_has_the_place_of_a_moved_folder(tmp_path: Path) -> None:
+    log(one := recorder(tmp_path / "run"), 0)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    script = "log(one := recorder(Path(sys.argv[1])), 1); print('open', flush=True); sys.stdin.read(); one.close()"
+    with process(script, tmp_path / "run") as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.warns(UserWarning, match=f"which process {other.pid} on .* has open"):
+            log(one, 2)
+        other.communicate(timeout=60)
+    with said():
+        one.close()
+    assert_holds(tmp_path / "moved", 0, options={})
+    assert_holds(tmp_path / "run", 1, 2, options={})
 
 
 @scores
@@ -176,7 +210,7 @@ def test_folder_that_is_replaced_by_a_file_is_a_fault(tmp_path: Path, options: d
         (tmp_path / "run").unlink()
         log(one, 3)
         one.close()
-    assert messages == [warning(tmp_path / "run", "File exists")]
+    assert messages == [warning(tmp_path / "run", "File exists"), *vanished(tmp_path / "run", options)]
     assert_holds(tmp_path / "run", 1, 2, 3, options=options)
 
 

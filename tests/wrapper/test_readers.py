@@ -1,9 +1,10 @@
 """What the readers give back of what the writers were given."""
 
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -250,10 +251,33 @@ def test_read_scores_says_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"not a checkpoint", b"PK\3\4" + bytes(range(256)) * 20], ids=["text", "zip"])
-@pytest.mark.parametrize("name", ["mixture_scores.pt", "mixture_scores/step_000001.pt"])
-def test_read_scores_says_what_is_foreign(tmp_path: Path, name: str, content: bytes) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}` must hold .*, got something else; move the file away"):
+def test_read_scores_says_what_is_foreign(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mixture_scores.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"scores.pt` must hold .*, got something else; move the file away"):
         read_scores(tmp_path)
+
+
+def test_read_scores_leaves_a_damaged_shard_out(tmp_path: Path) -> None:
+    for step in range(3):
+        PerStepScores(tmp_path).append(step, 0, torch.zeros(2, 2))
+    (tmp_path / "mixture_scores" / "step_000001.pt").write_bytes(b"?")
+    with pytest.warns(UserWarning, match=r"step_000001.pt` must hold one entry .* It was left out."):
+        assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 2]
+
+
+def test_read_scores_says_what_stands_behind_the_end(tmp_path: Path) -> None:
+    writer = AppendScores(tmp_path)
+    writer.append(0, 0, torch.zeros(2, 2))
+    writer.close()
+    path = tmp_path / "mixture_scores.pt"
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.warns(UserWarning, match=rf"has {path.stat().st_size // 2} bytes behind its end; they were left out"):
+        assert len(read_scores(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize(("name", "read"), [("mixture.csv", read_log), ("mixture_scores.pt", read_scores)])
+def test_reading_a_pipe_is_refused(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}` must "):
+        read(tmp_path)

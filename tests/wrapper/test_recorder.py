@@ -116,6 +116,27 @@ def test_resumed_run_keeps_the_file_whose_end_it_cuts(tmp_path: Path) -> None:
     assert (tmp_path / "mixture.csv").stat().st_ino == before
 
 
+@pytest.mark.parametrize("kind", ["symlink", "hard link"])
+def test_resumed_run_goes_on_in_a_file_with_two_names(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "real").mkdir()
+    for name in ("mixture.csv", "mixture_scores.pt"):
+        (tmp_path / "real" / name).touch()
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+    with said():
+        one = recorder(tmp_path, store_scores=True)
+        log(one, 0, 1, 5, 2, value=1.0)
+        if kind == "hard link":
+            for name in ("mixture.csv", "mixture_scores.pt"):
+                (tmp_path / name).unlink()
+                (tmp_path / name).hardlink_to(tmp_path / "real" / name)
+        one.resumed()  # in the middle, so that the files are written anew
+        log(one, 3, 4, 5)
+        one.close()
+    assert places(tmp_path) == [(0, step) for step in (0, 1, 2, 3, 4, 5)]
+    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1, 2, 3, 4, 5]
+    assert (tmp_path / "mixture.csv").is_symlink() == (kind == "symlink")
+
+
 def test_resumed_run_drops_a_torn_row_first(tmp_path: Path) -> None:
     (tmp_path / "mixture.csv").write_bytes(HEADER + row(0) + row(1) + row(2)[:7])
     with said() as messages:
@@ -299,6 +320,21 @@ def test_foreign_scores_that_are_not_in_use_are_left_with_a_warning(tmp_path: Pa
     assert (tmp_path / "mixture_scores.pt").read_bytes() == b"foreign"
     assert (tmp_path / "mixture.csv").read_bytes() == HEADER + row(0)
     assert [message.endswith("It was left as it is.") for message in messages] == [True, False]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_fault_in_scores_that_are_not_in_use_leaves_no_file_open(tmp_path: Path) -> None:
+    old(tmp_path, 0, 1, **SCORES[1])
+    one = resumed(tmp_path)
+    with said(), broken("replace"):
+        log(one, 1)
+        before = len(os.listdir("/proc/self/fd"))
+        log(one, 2, 3)
+        after = len(os.listdir("/proc/self/fd"))
+    with said():
+        one.close()
+    assert after == before
+    assert places(tmp_path) == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
 # Crashes and faults in between

@@ -194,7 +194,8 @@ def test_csv_writer_begins_anew_where_the_folder_was_deleted(tmp_path: Path) -> 
     writer = CsvWriter(tmp_path / "run")
     writer.append(1, 0, 8, FIGURES)
     shutil.rmtree(tmp_path / "run")
-    writer.append(0, 0, 8, FIGURES)
+    with pytest.warns(UserWarning, match="was moved or deleted"):
+        writer.append(0, 0, 8, FIGURES)
     writer.close()
     assert contents(tmp_path / "run") == {"mixture.csv": HEADER + ROW}
 
@@ -333,6 +334,7 @@ def test_append_scores_go_on_behind_a_torn_record_with_one_warning(tmp_path: Pat
     assert listed(tmp_path) == [0, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*were left out")
 def test_append_scores_begin_anew_behind_a_torn_header_at_every_byte(tmp_path: Path) -> None:
     path = leave(tmp_path, 0)
     data = path.read_bytes()
@@ -450,7 +452,8 @@ def test_append_scores_begin_anew_where_the_folder_was_deleted(tmp_path: Path) -
     shutil.rmtree(tmp_path / "run")
     writer.flush()
     assert not (tmp_path / "run").exists()
-    writer.append(1, 0, R(0.0))
+    with pytest.warns(UserWarning, match="was moved or deleted"):
+        writer.append(1, 0, R(0.0))
     writer.close()
     assert listed(tmp_path / "run") == [1]
 
@@ -786,3 +789,25 @@ def test_csv_rows_outlive_a_kill(killed_run: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_append_scores_outlive_a_kill(killed_run: Path) -> None:
     assert [entry["responsibilities"].mean().item() for entry in read_scores(killed_run)] == [0, 1, 2, 3, 4]
+
+
+def test_append_scores_set_aside_what_stands_behind_the_end(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1)
+    path = tmp_path / "mixture_scores.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole * 2)
+    with pytest.warns(
+        UserWarning, match=rf"had {len(whole)} bytes behind its end; they were moved to `.*foreign-1.pt`"
+    ):
+        write(tmp_path, 2)
+    assert listed(tmp_path) == [0, 1, 2]
+    assert (tmp_path / "mixture_scores.foreign-1.pt").read_bytes() == whole
+
+
+def test_per_step_scores_leave_a_file_that_is_no_entry(tmp_path: Path) -> None:
+    path = tmp_path / "mixture_scores" / "step_000001.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"step_000001.pt` must hold one entry"):
+        PerStepScores(tmp_path).append(1, 0, R(0.0))
+    assert path.read_bytes() == b"mine"
