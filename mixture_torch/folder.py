@@ -167,6 +167,7 @@ class RunFolder:
             if row.superseding is not None:
                 row.superseding.run(self._path, row.position, log=self._log, append=self._append, say=self._news.append)
                 row.superseding = None
+                self._log.open()  # anew where it was replaced: how long it is tells whether the row is in it
             if row.R is not None:
                 self._write_scores(row, row.R)
                 self._backlog.stored(row)
