@@ -188,7 +188,7 @@ def read_list(path: Path, *, in_memory: bool = True) -> list[ScoreEntry]:
     Raises:
         ValueError: The file holds anything else.
     """
-    mapped = not in_memory and zipfile.is_zipfile(path)  # of which files before torch 1.6 were none
+    mapped = not in_memory and path.is_file() and zipfile.is_zipfile(path)  # of which files before torch 1.6 were none
     return cast(list[ScoreEntry], _load(path, _is_list, expected="a list of entries", mmap=mapped))
 
 

@@ -1,5 +1,6 @@
 """That the scores file is what torch and zip say it is, and that all of it can be told from its records."""
 
+import os
 import pickletools
 import tracemalloc
 import zipfile
@@ -243,3 +244,18 @@ def test_writer_keeps_little_in_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     writer.close()
     assert grown < 2000 * 60  # an index of 36 bytes an entry, and what it has in reserve
+
+
+def test_scan_takes_no_tail_that_has_just_gone_for_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = scanned(path)
+    next_start = Scan.__iter__.__globals__["_next_start"]
+
+    def cut_first(*arguments: Any) -> int | None:
+        os.truncate(path, entries[-1].end)  # as a writer does before the next record
+        return next_start(*arguments)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr("mixture_torch.scan._next_start", cut_first)
+    path.write_bytes(path.read_bytes()[:-1])  # a flush was in the middle of the tail
+    scan = Scan(path)
+    assert [entry for entry, _ in scan] == entries
+    assert (scan.damage, scan.torn) == ([], 0)

@@ -811,3 +811,10 @@ def test_per_step_scores_leave_a_file_that_is_no_entry(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step_000001.pt` must hold one entry"):
         PerStepScores(tmp_path).append(1, 0, R(0.0))
     assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_append_scores_refuse_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mixture_scores.pt")
+    with pytest.raises(ValueError, match=r"mixture_scores.pt` must hold"):
+        AppendScores(tmp_path).open()
