@@ -6,10 +6,13 @@ lives, and what is interrupted goes on at the next call: each part is marked as 
 """
 
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +21,35 @@ from mixture_torch.caller import warn_caller
 from mixture_torch.disk import FolderLock
 from mixture_torch.scores import AppendScores, PerStepScores
 from mixture_torch.writers import CsvWriter
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Turns:
+    """One lock for all folders: one for each could wait for another's, where a garbage collection closes that."""
+
+    lock = threading.RLock()
+
+    @classmethod
+    def begin_anew(cls) -> None:
+        """For a forked child, in which nobody gives back what another thread of its parent has."""
+        cls.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Turns.begin_anew)
+
+
+def in_turn(function: Callable[P, T]) -> Callable[P, T]:
+    """Has one thread at a time call any of the functions that this decorates."""
+
+    @wraps(function)
+    def one_at_a_time(*arguments: P.args, **options: P.kwargs) -> T:
+        with _Turns.lock:
+            return function(*arguments, **options)
+
+    return one_at_a_time
 
 
 class RunFolder:
@@ -49,6 +81,7 @@ class RunFolder:
         """Whether this is the process that made it, and not a forked child."""
         return os.getpid() == self._owner
 
+    @in_turn
     def join(self, user: object, scores_mode: Mode | None) -> None:
         """Opens the folder for a user, unless it is open for it.
 
@@ -76,6 +109,7 @@ class RunFolder:
             self._news.append(f"`{self._path}` is open in this process already; both write to it.")
         self._say_news()
 
+    @in_turn
     def write(self, row: Row, *, strict: bool) -> None:
         """Writes a row behind those that are still to be written; where it cannot, it is kept.
 
@@ -94,6 +128,7 @@ class RunFolder:
             self._backlog.hold(row)
         self._say_news()
 
+    @in_turn
     def flush(self, *, strict: bool) -> None:
         """Makes all files complete, on the disk; where nobody has them open, closes them.
 
@@ -105,6 +140,7 @@ class RunFolder:
         self._attempt("files", self._complete, strict=strict)
         self._say_news()
 
+    @in_turn
     def leave(self, user: object, *, strict: bool = False, for_good: bool = False) -> None:
         """Makes all files complete, and closes them behind the last user; a later `join` opens them again.
 
@@ -237,6 +273,7 @@ class RunFolder:
 _folders: weakref.WeakValueDictionary[str, RunFolder] = weakref.WeakValueDictionary()
 
 
+@in_turn
 def run_folder(path: Path) -> RunFolder:
     """Returns the one `RunFolder` that this process has of a place.
 

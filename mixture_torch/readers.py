@@ -223,9 +223,12 @@ def _is_entry(value: Any) -> bool:
     if not (isinstance(value, dict) and value.keys() == ScoreEntry.__annotations__.keys()):
         return False
     step, epoch, R = value["step"], value["epoch"], value["responsibilities"]
-    if not (_is_count(step) and _is_count(epoch) and isinstance(R, Tensor)):
-        return False
-    return (R.dtype, R.ndim, R.layout, R.device.type) == (torch.float32, 2, torch.strided, "cpu")
+    return _is_count(step) and _is_count(epoch) and is_matrix(R) and (R.dtype, R.device.type) == (torch.float32, "cpu")
+
+
+def is_matrix(value: Any) -> bool:
+    """Returns whether something is a dense tensor (N, K) that holds numbers."""
+    return isinstance(value, Tensor) and (value.ndim, value.layout, value.is_meta) == (2, torch.strided, False)
 
 
 def _is_special(path: Path) -> bool:

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from mixture_core import StepStats
 from mixture_torch.backlog import Row
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.distributed import is_main_rank
 from mixture_torch.folder import RunFolder, run_folder
 from mixture_torch.precision import full_float32
+from mixture_torch.readers import is_matrix
 from mixture_torch.reports import Report, responsibilities_of
 from mixture_torch.superseding import Superseding
 
@@ -101,6 +103,8 @@ class Recorder:
         step, epoch = _as_count("step", step), _as_count("epoch", epoch)
         if missing := [key for key in RECORDED if key not in stats]:
             raise ValueError(f"`stats` must be what `update` returned, got a mapping without {', '.join(missing)}.")
+        if not isinstance(stats, StepStats) and not is_matrix(stats["R"]):  # one would be found out at the disk alone
+            raise ValueError(f"`stats` must hold R as a dense tensor (N, K), got {_shape_of(stats['R'])}.")
         writes = self._log_dir is not None and self._writes()
         if writes:  # a process that writes no row leaves the folder to those that do
             self._open(cast(Path, self._log_dir))
@@ -170,6 +174,10 @@ def _finish(folder: RunFolder, expected: deque[Report], user: object) -> None:
             _write(folder, report, strict=False)
     finally:
         folder.leave(user, for_good=True)
+
+
+def _shape_of(value: object) -> str:
+    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_count(name: str, value: int) -> int:

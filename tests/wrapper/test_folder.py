@@ -4,12 +4,13 @@ import gc
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixture_torch.readers import read_scores
+from mixture_torch.readers import read_log, read_scores
 from tests.wrapper.recording import HEADER, in_child, log, log_later, places, process, recorder, row, run, said, stats
 from tests.wrapper.samples import contents
 
@@ -351,3 +352,15 @@ os.kill(os.getpid(), 9)
         log(one := recorder(tmp_path), 1)
         one.close()
     assert places(tmp_path) == [(0, 0), (0, 1)]
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    def work(_: int) -> None:
+        one = recorder(tmp_path, store_scores=True)
+        log(one, *range(30))
+        one.close()
+
+    with said(), ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sorted(read_log(tmp_path)["step"].tolist()) == sorted([*range(30)] * 4)
+    assert len(read_scores(tmp_path)) == 120

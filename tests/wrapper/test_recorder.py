@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixture_torch.readers import read_scores
+from mixture_torch.readers import read_log, read_scores
 from mixture_torch.recorder import Recorder
 from tests.wrapper.recording import (
     HEADER,
@@ -24,6 +24,7 @@ from tests.wrapper.recording import (
     row,
     said,
     settle,
+    stats,
 )
 from tests.wrapper.samples import contents
 
@@ -416,3 +417,14 @@ def test_refused_run_has_still_to_supersede(tmp_path: Path) -> None:
         log(one, 0)
         one.close()
     assert (tmp_path / "mixture.csv").read_bytes() == HEADER + row(0)
+
+
+@pytest.mark.parametrize("R", [torch.ones(2, 3, 4), torch.ones(3), torch.eye(3).to_sparse(), [[1.0]]], ids=str)
+def test_responsibilities_that_are_no_matrix_are_refused_at_once(R: Any, tmp_path: Path) -> None:
+    one = recorder(tmp_path / "run", store_scores=True)
+    with pytest.raises(ValueError, match=r"^`stats` must hold R as a dense tensor \(N, K\), got "):
+        one.record({**stats(), "R": R}, None, step=0, epoch=0)
+    assert not (tmp_path / "run").exists()
+    log(one, 1)
+    one.close()
+    assert read_log(tmp_path / "run")["step"].tolist() == [1]
