@@ -80,7 +80,7 @@ class Accumulator:
             ValueError: A shape or a label is wrong, or `strict` and a row is ignored; here or on another rank.
         """
         continues = self._continues(token)
-        updated = None if continues else self._replay(embeddings)
+        updated = None if continues or problem is not None else self._replay(embeddings)
         if updated is None:
             with full_float32(embeddings):
                 own = partial(self._receive, embeddings, labels, problem)
