@@ -107,7 +107,6 @@ class RunFolder:
         self._users.add(user)
         if is_shared:
             self._news.append(f"`{self._path}` is open in this process already; both write to it.")
-        self._say_news()
 
     @in_turn
     def write(self, row: Row, *, strict: bool) -> None:

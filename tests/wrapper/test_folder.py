@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -196,13 +197,27 @@ def test_user_collected_in_the_middle_of_anothers_write_takes_its_turn(
 
     original, others = os.write, [recorder(tmp_path, store_scores=True)]
     log(one := recorder(tmp_path, store_scores=True), 0)
-    with pytest.warns(UserWarning, match="is open in this process already"):
-        log_later(others[0], 2)
+    log_later(others[0], 2)
     monkeypatch.setattr(os, "write", write)
-    log(one, 1)
+    with pytest.warns(UserWarning, match="is open in this process already"):
+        log(one, 1)
     one.close()
     assert (tmp_path / "mixture.csv").read_bytes() == HEADER + row(0) + row(1) + row(2, 2)
     assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2]
+
+
+def test_warning_that_is_an_error_comes_when_the_row_is_written(tmp_path: Path) -> None:
+    log(first := recorder(tmp_path), 0)
+    first.close()
+    with (tmp_path / "mixture.csv").open("ab") as file:
+        file.write(b"1,0,3,0.2")
+    one = recorder(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="ended in 9 bytes of an unfinished write"):
+            log(one, 1)
+    one.close()
+    assert (tmp_path / "mixture.csv").read_bytes() == HEADER + row(0) + row(1)
 
 
 # The order of rows
