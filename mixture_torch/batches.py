@@ -98,7 +98,7 @@ def exchange(
         return _unseen(batch, entries, fault)
     try:
         sizes = ranks.settle(entries, fault)
-    except Exception as error:
+    except Exception as error:  # whatever a rank has entered with: who does not wait is adding up already
         going_on = entries[entries[:, 4] == 0]
         if not len(going_on):
             raise

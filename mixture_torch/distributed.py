@@ -86,10 +86,10 @@ class Ranks:
         faults, sizes, widths, digests, _ = zip(*entries.tolist(), strict=True)
         if any(faults):
             raise self._error_of(faults.index(1), fault) from fault
-        for rank, D in _odd(widths):
-            most = Counter(widths).most_common(1)[0][0]
+        if (rank := _odd(widths)) is not None:
+            most, D = _usual(widths), widths[rank]
             raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
-        for rank, _ in _odd(digests):
+        if (rank := _odd(digests)) is not None:
             raise ValueError(
                 "`update` must be called on every rank with the same `step`, on an estimator of the same options that "
                 f"has as many updates and the same state_dict behind it, got another of these on rank {rank}."
@@ -165,10 +165,14 @@ def digest(*values: object) -> int:
     return zlib.crc32(repr(values).encode())
 
 
-def _odd(values: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The ranks that differ from most, with what they have."""
-    most = Counter(values).most_common(1)[0][0]
-    return [(rank, value) for rank, value in enumerate(values) if value != most]
+def _usual(values: tuple[int, ...]) -> int:
+    """What most ranks have."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _odd(values: tuple[int, ...]) -> int | None:
+    """The first rank that has another value than most, None where all have the same."""
+    return next((rank for rank, value in enumerate(values) if value != _usual(values)), None)
 
 
 def local_rows(x: object) -> object:
