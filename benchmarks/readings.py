@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     name: str
     loss: ContrastiveLoss
-    revive_below: float = demo.MIXTURE.revive_below
+    relocate: bool = demo.MIXTURE.relocate
 
 
 def alignment(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -61,15 +61,15 @@ def read(case: Case) -> list[str]:
     encoder = demo.make_encoder(seed=settings.seed)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=demo.LEARNING_RATE, weight_decay=demo.WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(STEPS))
-    estimator = MixtureStats(K=demo.N_DIGITS, enabled=True, revive_below=case.revive_below)
+    estimator = MixtureStats(K=demo.N_DIGITS, enabled=True, relocate=case.relocate)
     batches = demo.epochs_of_views(images, digits, settings, Place(0, 1))
-    rows, revived = [], 0
+    rows, relocated = [], 0
     steps = train(encoder, batches, loss=case.loss, optimizer=optimizer, schedule=schedule, estimator=estimator)
     for taken in steps:
         stats = estimator.stats
-        revived += int(stats["n_revived"])
+        relocated += int(stats["n_relocated"])
         if taken.step + 1 in STEPS:
-            rows.append(_row(case.name, taken.step + 1, stats, revived))
+            rows.append(_row(case.name, taken.step + 1, stats, relocated))
     return rows
 
 
@@ -79,13 +79,13 @@ def _feed(embeddings: Tensor) -> None:
     estimator.update(embeddings)
 
 
-def _row(name: str, step: int, stats: Mapping[str, Tensor], revived: int) -> str:
+def _row(name: str, step: int, stats: Mapping[str, Tensor], relocated: int) -> str:
     within = (stats["pi"] * stats["Sigma"].diagonal(dim1=-2, dim2=-1).sum(dim=-1)).sum()
     share = stats["trace_B"] / (stats["trace_B"] + within)
     figures = [f"{float(stats[key]):.2g}" for key in ("trace_B", "opnorm_B")]
     pi = [f"{float(stats['pi'].min()):.3f}", f"{float(stats['pi'].max()):.3f}"]
     directions = f"{float(stats['participation_ratio']):.1f}"
-    return "| " + " | ".join([name, str(step), *pi, *figures, f"{float(share):.2f}", directions, str(revived)]) + " |"
+    return "| " + " | ".join([name, str(step), *pi, *figures, f"{float(share):.2f}", directions, str(relocated)]) + " |"
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
         Case("healthy", NTXentLoss(demo.TEMPERATURE)),
         Case("dimensional collapse", NTXentLoss(temperature=5.0)),
         Case("complete collapse", alignment),
-        Case("dead components", broken_first_batch(), revive_below=0.0),
+        Case("dead components", broken_first_batch(), relocate=False),
         Case("the same, moved", broken_first_batch()),
     ):
         print("\n".join(read(case)), flush=True)

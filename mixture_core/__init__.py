@@ -3,6 +3,7 @@
 from mixture_core.assign import kmeans_plusplus, lloyd, responsibilities_from_labels
 from mixture_core.config import MixtureConfig
 from mixture_core.moments import Moments, decay, merge
+from mixture_core.relocate import relocate
 from mixture_core.scatter import batch_moments
 from mixture_core.stats import StepStats
 from mixture_core.step import MixtureState, assign, init, step
@@ -19,6 +20,7 @@ __all__ = [
     "kmeans_plusplus",
     "lloyd",
     "merge",
+    "relocate",
     "responsibilities_from_labels",
     "step",
 ]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import kernels
-from mixture_core.grouped import Workspace, group_means, inverse
+from mixture_core.grouped import CHUNK, Workspace, group_means, inverse
 from mixture_core.inputs import (
     as_embeddings,
     as_labels,
@@ -20,6 +20,8 @@ from mixture_core.scatter import component_means, one_hot
 # Rows tried for each centroid of k-means++. With the customary 2 + log K, 7 of 50 random mixtures of 8 Gaussians whose
 # means lie 14 standard deviations apart in 16 dimensions lost a component; with 32, none.
 CANDIDATES = 32
+FAR = 16  # centroids whose squared distance from the center is so many times that of two of them need a second look
+ROUNDING = 16  # times eps: a bound of what rounding makes of a distance, relative to the sizes that enter it
 
 
 def responsibilities_from_labels(labels: Tensor, K: int) -> Tensor:
@@ -65,15 +67,8 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
     if start.shape[0] < 1:
         raise ValueError(f"`centroids` must have shape (K, {x.shape[1]}), K at least 1, got {tuple(start.shape)}.")
     _check_count("iterations", iterations)
-    usable = usable_rows(x)
-    center = middle_row(x, usable)
-    rows = torch.where(usable[:, None], x - center, 0.0)
-    current, moved = start - center, torch.zeros_like(start[:, :1], dtype=torch.bool)
-    for _ in range(iterations):
-        R = one_hot(_nearest(rows.detach(), usable, current.detach()), len(start)).to(x.dtype)
-        occupied = R.sum(dim=0)[:, None] > 0
-        current, moved = torch.where(occupied, component_means(rows, R), current), moved | occupied
-    return R, torch.where(moved, current + center, start)
+    index, previous = _Rows(x, usable_rows(x)).lloyd(start, iterations=iterations)
+    return one_hot(index, len(start)).to(x.dtype), _means(x, index, previous)
 
 
 def nearest_means(
@@ -87,42 +82,111 @@ def nearest_means(
         iterations: At least 1.
         work: Memory to use where one `looks`.
     """
-    if is_plain(x, centroids) and kernels.usable_on(x, K=len(centroids)):
-        return _nearest_on_gpu(x.contiguous(), centroids, iterations=iterations)
-    x, centroids, K = x.detach(), centroids.detach(), len(centroids)
-    usable = rows_not_all_usable(x)
-    center = middle_row(x, usable)
-    current = centroids - center
-    plain = looks(x, centroids)
-    if plain:
-        rows = torch.sub(x, center, out=work.rows[0, : len(x)] if work else None)
-    else:
-        rows = x - center if usable is None else torch.where(usable[:, None], x - center, 0.0)
-    for _ in range(iterations - 1):
-        index = _nearest(rows, usable, current)
-        if plain:  # half the time, and rows that are not usable may hold anything
-            counts = torch.bincount(index, minlength=K).tolist()[:K]
-            means = group_means(rows, index, inverse(counts, like=rows))[:K]
-            if all(counts):
-                current = means
-                continue
-            occupied = torch.tensor(counts, device=x.device) > 0
-        else:
-            R = one_hot(index, K).to(x.dtype)
-            occupied, means = R.sum(dim=0) > 0, component_means(rows, R)
-        current = torch.where(occupied[:, None], means, current)
-    index = _nearest(rows, usable, current)
-    if plain:  # in two calls instead of four
+    K = len(centroids)
+    if is_plain(x, centroids) and kernels.usable_on(x, K=K):
+        x = x.contiguous()
+        for _ in range(iterations - 1):
+            index, _ = kernels.nearest(x, centroids, with_responsibilities=False)
+            centroids = kernels.component_means(x, *kernels.group(index, K), centroids)
+        return kernels.nearest(x, centroids, with_responsibilities=True)
+    x = x.detach()
+    index, _ = _Rows(x, rows_not_all_usable(x), work).lloyd(centroids.detach(), iterations=iterations)
+    if looks(x):  # in two calls instead of four
         return index, torch.eye(K + 1, K, dtype=x.dtype, device=x.device).index_select(0, index)
     return index, one_hot(index, K).to(x.dtype)
 
 
-def _nearest_on_gpu(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
-    center = kernels.center_row(x)
-    for _ in range(iterations - 1):
-        index, _ = kernels.nearest(x, center, centroids, with_responsibilities=False)
-        centroids = kernels.component_means(x, center, *kernels.group(index, len(centroids)), centroids)
-    return kernels.nearest(x, center, centroids, with_responsibilities=True)
+class _Rows:
+    """The rows of a batch that centroids compete for.
+
+    Where one `looks`, squared distances are |c|^2 - 2 x.c about a point amid the rows: one product. Its rounding, of
+    the size of the largest |c|^2, can exceed the distance of centroids that lie close together far from that point.
+    Then the rows that this may concern are assigned anew by differences, as all rows are where nobody may look.
+
+    Args:
+        x: (N, D) embeddings.
+        usable: (N,) bool; None where all are.
+        work: Memory for the rows where one looks.
+    """
+
+    def __init__(self, x: Tensor, usable: Tensor | None, work: Workspace | None = None) -> None:
+        self._x, self._usable, self._looks = x, usable, looks(x)
+        if self._looks:
+            self._center = middle_row(x, usable)
+            self._memory = torch.empty_like(x[:CHUNK]) if work is None else work.rows[0]
+        self._held = -1  # start of the chunk that is in memory, without the center
+        self._far = False  # whether groups of centroids lie far apart
+
+    def lloyd(self, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
+        """Returns the last assignment, (N,), K where a row is not usable; and the centroids, (K, D), that it is to."""
+        index = self._nearest(centroids.detach())
+        for _ in range(iterations - 1):
+            centroids = self._means(index, centroids)
+            index = self._nearest(centroids.detach())
+        return index, centroids
+
+    def _nearest(self, centroids: Tensor) -> Tensor:
+        if not self._looks:
+            index = _nearest_exactly(self._x.detach(), centroids)
+        else:
+            about = centroids - self._center
+            squares = about.square().sum(dim=1)
+            reach = float(squares.max())
+            self._far = len(about) > 1 and reach > FAR * float(torch.pdist(about).min()) ** 2
+            parts = [self._nearest_in(start, centroids, about, squares, reach) for start in self._starts()]
+            index = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return index if self._usable is None else torch.where(self._usable, index, len(centroids))
+
+    def _nearest_in(self, start: int, centroids: Tensor, about: Tensor, squares: Tensor, reach: float) -> Tensor:
+        rows = self._chunk(start)
+        # Few rows times many, and not many times few: a fifth faster, what the transposition takes included.
+        distance = torch.addmm(squares[:, None], about, rows.mT, alpha=-2).mT.contiguous()
+        nearest = distance.argmin(dim=1)
+        if self._far:
+            own = nearest[:, None]
+            gap = distance.scatter(1, own, torch.inf).amin(dim=1) - distance.gather(1, own)[:, 0]
+            rounding = ROUNDING * torch.finfo(rows.dtype).eps * reach**0.5
+            close = gap <= rounding * (reach**0.5 + torch.linalg.vector_norm(rows, dim=1))
+            doubtful = close.nonzero()[:, 0]
+            nearest[doubtful] = _nearest_exactly(self._x[start + doubtful], centroids)
+        return nearest
+
+    def _means(self, index: Tensor, previous: Tensor) -> Tensor:
+        if not self._looks or self._far:
+            return _means(self._x, index, previous)
+        K = len(previous)
+        counts = torch.bincount(index, minlength=K).tolist()[:K]
+        one_over = inverse(counts, like=previous)
+        parts = [group_means(self._chunk(s), index[s : s + CHUNK], one_over) for s in self._starts()]
+        means = sum(parts[1:], parts[0])[:K] + self._center
+        if all(counts):
+            return means
+        return torch.where(torch.tensor(counts, device=means.device)[:, None] > 0, means, previous)
+
+    def _starts(self) -> range:
+        return range(0, max(len(self._x), 1), CHUNK)
+
+    def _chunk(self, start: int) -> Tensor:
+        rows = self._x[start : start + CHUNK]
+        memory = self._memory[: len(rows)]
+        if self._held != start:
+            torch.sub(rows, self._center, out=memory)
+            self._held = start
+        return memory
+
+
+def _nearest_exactly(x: Tensor, centroids: Tensor) -> Tensor:
+    """The index of each row's nearest centroid, (N,), by differences: equal centroids are equally far to the bit."""
+    return torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
+
+
+def _means(x: Tensor, index: Tensor, previous: Tensor) -> Tensor:
+    """The means of the rows of each component, (K, D); the previous one's where there is no row."""
+    R = one_hot(index, len(previous)).to(x.dtype)
+    x = torch.where((index < len(previous))[:, None], x, 0.0)
+    near = component_means(x, R)
+    lost = component_means(x - near.index_select(0, index.clamp(max=len(previous) - 1)), R)
+    return torch.where(R.sum(dim=0)[:, None] > 0, near + lost, previous)
 
 
 def labelled(x: Tensor, labels: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +232,7 @@ def kmeans_plusplus(x: Tensor, K: int, *, generator: torch.Generator) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(int(seed))
     rows = x
     usable = usable_rows(rows)
-    x = torch.where(usable[:, None], rows - middle_row(rows, usable), 0.0)
+    x = torch.where(usable[:, None], rows.double() - middle_row(rows, usable), 0.0)  # groups may lie far apart
     weight = usable.to(x.dtype)
     chosen = [_draw(weight, 1, generator)[0]]
     distance = _squared_distances(x, x[chosen[0]][None])[:, 0] * weight
@@ -187,20 +251,6 @@ def _check_count(name: str, value: int) -> None:
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
-def _nearest(rows: Tensor, usable: Tensor | None, centroids: Tensor) -> Tensor:
-    """The index of each row's nearest centroid, (N,); K where it is not usable."""
-    K, centroids = len(centroids), centroids.contiguous()  # or equal ones could have unequal squares
-    squares = centroids.square().sum(dim=1)
-    # Few rows times many, and not many times few: a fifth faster on the CPU, what the transposition takes included.
-    nearest = torch.addmm(squares[:, None], centroids, rows.mT, alpha=-2).mT.contiguous().argmin(dim=1)
-    if not looks(rows, centroids) or len(set(squares.tolist())) < K:
-        # Which of several equal centroids wins is up to the product's rounding; it has to be the first.
-        first = (squares[:, None] == squares).to(torch.int8).argmax(dim=1)
-        equal = (centroids.index_select(0, first) == centroids).all(dim=1)
-        nearest = torch.where(equal, first, torch.arange(K, device=rows.device)).gather(0, nearest)
-    return nearest if usable is None else torch.where(usable, nearest, K)
 
 
 def _squared_distances(x: Tensor, centroids: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a user chooses: `MixtureConfig`, checked when it is made."""
 
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -103,10 +104,8 @@ class MixtureConfig:
     )
     # Lloyd iterations (assign, then recompute) per step, at least 1.
     max_assign_iters: int = attrs.field(default=2, converter=as_integer, validator=integer(at_least=1))
-    # Share, times K, of the weight under which a component counts as dead and is moved; 0 turns that off.
-    revive_below: float = attrs.field(
-        default=0.01, converter=as_number, validator=number("at least 0 and less than 1", lambda value: 0 <= value < 1)
-    )
+    # Whether `relocate` moves wasted components; it only does in `mode: ema` with k-means.
+    relocate: bool = attrs.field(default=True, validator=boolean)
 
     @property
     def uses_labels(self) -> bool:
@@ -119,6 +118,11 @@ class MixtureConfig:
         return self.mode == "ema"
 
     @property
-    def revives(self) -> bool:
-        """Whether dead components are moved."""
-        return self.averages and not self.uses_labels and self.revive_below > 0
+    def relocates(self) -> bool:
+        """Whether components are moved between steps."""
+        return self.relocate and self.averages and not self.uses_labels
+
+    @property
+    def window(self) -> int:
+        """Steps of the window that statistics are taken over: ceil(1 / (1 - ema_decay)) in `mode: ema`, otherwise 1."""
+        return math.ceil(round(1 / (1 - self.ema_decay), 6)) if self.averages else 1

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixture_core.moments import merge_means
+
+CHUNK = 16_384  # rows at a time: the squares of more, summed in float32, lose digits
 # Of larger covariances only the block rows' lower parts are computed. At D = 512 and 2048, with K = 8, blocks of 64 to
 # 256 rows took 0.76 to 0.88 and 0.68 to 0.65 of the whole product's time (AMD EPYC, one thread); fewer blocks are fewer
 # calls.
@@ -18,7 +21,7 @@ class Workspace(NamedTuple):
     """Memory for a step to write to."""
 
     covariance: Tensor  # (K, D, D) that is to become the new covariance
-    rows: Tensor  # (2, M, D) for rows on their way: M at least N + K on the CPU, anything elsewhere
+    rows: Tensor  # (2, M, D) for rows on their way: M at least min(N, CHUNK) + K on the CPU
 
     @classmethod
     def like(cls, covariance: Tensor, *, N: int) -> "Workspace":
@@ -33,13 +36,13 @@ class Workspace(NamedTuple):
     @staticmethod
     def length(covariance: Tensor, *, N: int) -> int:
         """Returns how long the memory for the rows has to be."""
-        return N + covariance.shape[0] if covariance.device.type == "cpu" else 0
+        return min(N, CHUNK) + covariance.shape[0] if covariance.device.type == "cpu" else 0
 
 
 def absorb_rows(
-    weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, index: Tensor, work: Workspace
+    weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor, work: Workspace
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns weight, mean and covariance of history and batch together, and the means of the batch.
+    """Returns weight, mean, residual and covariance of history and batch together.
 
     With Z the rows x_n - mean_b and one row sqrt(w_a w_b / w) d, covariance = (w_a / w) C_a + Z^T Z / w. Components
     without a row keep their mean and covariance to the bit, and cost nothing where the memory is the history's own.
@@ -47,14 +50,14 @@ def absorb_rows(
     Args:
         weight: (K,) of the history.
         mean: (K, D) of the history.
+        residual: (K, D) what rounding took from it.
         covariance: (K, D, D) of the history, of which only the lower triangle is read.
-        x: (N, D) embeddings.
+        x: (N, D) embeddings, N at most CHUNK.
         index: (N,) int64, the component of each row; K where it counts for nothing.
         work: Memory; that for the covariance may be `covariance` itself. Its upper triangle is undefined afterwards.
 
     Returns:
-        Weights of both, (K,); their means, (K, D); their covariance, in `work`; and the means of the batch, (K, D),
-        which say nothing where a component has no row.
+        Weight of both, (K,); their mean and its residual, (K, D) each; and their covariance, in `work`.
     """
     K, N = weight.shape[0], x.shape[0]
     counts = torch.bincount(index, minlength=K).tolist()[:K]
@@ -72,32 +75,52 @@ def absorb_rows(
     # Now about `near`: the differences are exact, and what rounding took from the mean is in theirs.
     lost = group_means(rows, component, one_over)
     _subtract(lost, rows, groups, component, scratch)
-    batch_mean = near.add_(lost)[:K]
 
     olds = weight.tolist()
     totals = [old + count or 1.0 for old, count in zip(olds, counts, strict=True)]
     shares = [count / total for count, total in zip(counts, totals, strict=True)]
     roots = [(old * share) ** 0.5 for old, share in zip(olds, shares, strict=True)]
     total, share, root = x.new_tensor([[w + n for w, n in zip(olds, counts, strict=True)], shares, roots]).unbind()
-    rows.index_copy_(0, last, (batch_mean - mean).mul_(root[:, None]))
+    (new_mean, new_residual), d = merge_means((mean, residual), (near[:K], lost[:K]), share[:, None])
+    rows.index_copy_(0, last, d.mul_(root[:, None]))
     for k, (Z, C, out) in enumerate(zip(groups, covariance.unbind(), work.covariance.unbind(), strict=True)):
         if counts[k]:
             _add_products(C, Z, old=olds[k] / totals[k], new=1 / totals[k], out=out)
         elif work.covariance is not covariance:
             out.copy_(C)
-    return total, torch.lerp(mean, batch_mean, share[:, None]), work.covariance, batch_mean
+    return total, new_mean, new_residual, work.covariance
 
 
 def complete_(covariance: Tensor) -> Tensor:
     """Returns the covariance, (K, D, D), with its upper triangle overwritten by the lower one's mirror image."""
     D = covariance.shape[-1]
-    block = 4 * BLOCK if covariance.is_cuda else BLOCK // 4  # `tril` is slow on the CPU, and launches are on a GPU
+    block = 4 * BLOCK if covariance.is_cuda else BLOCK // 4  # launches are slow on a GPU
     for start in range(0, D, block):
         rows = covariance[:, start : start + block]
         covariance[:, :start, start : start + block] = rows[:, :, :start].mT
         diagonal = rows[:, :, start : start + block]
-        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
+        size = diagonal.shape[-1]
+        below = torch.ones(size, size, dtype=torch.bool, device=covariance.device).tril()
+        diagonal.copy_(torch.where(below, diagonal, diagonal.mT))
     return covariance
+
+
+def pack(covariance: Tensor) -> Tensor:
+    """Returns the lower triangles of (K, D, D) matrices row by row, (K, D (D + 1) / 2)."""
+    return covariance.flatten(1).index_select(1, _lower(covariance))
+
+
+def unpack_(packed: Tensor, out: Tensor) -> Tensor:
+    """Returns `out`, (K, D, D), with what `pack` has packed in its lower triangles."""
+    out.flatten(1).index_copy_(1, _lower(out), packed)
+    return out
+
+
+def _lower(matrices: Tensor) -> Tensor:
+    """Where the entries of a lower triangle are in the (D D,) entries of a matrix."""
+    D = matrices.shape[-1]
+    row, column = torch.tril_indices(D, D, device=matrices.device).unbind()
+    return row * D + column
 
 
 def inverse(counts: Sequence[int], *, like: Tensor) -> Tensor:

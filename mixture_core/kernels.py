@@ -28,13 +28,10 @@ else:
     AVAILABLE = True
 
 LARGEST = largest_usable(torch.float32)
-SAMPLES = 32  # rows of which the middle one is the center; so many flags must fit an int64
 TILE = 64  # of the covariance; its kernel with 4 warps, 3 stages and 32 rows at a time was the fastest on an H100
 MAX_K = 65_535  # rows of a grid
 MAX_SUMMARY_K = 128  # one program holds a K x K matrix
 SQUARINGS = 16  # as in moments
-OUTLIERS = 20  # of so many rows one, the farthest from its mean, draws no component to it
-ROUNDING = (8 * torch.finfo(torch.float32).eps) ** 2  # as in revive
 
 
 def _jit(kernel: Any) -> Any:
@@ -88,65 +85,13 @@ def _power_of_2(length: int, low: int, high: int) -> int:
     return int(min(max(1 << (length - 1).bit_length(), low), high))
 
 
-# A point among the rows
-
-
-@_jit
-def _sample(j, N, SAMPLES: tl.constexpr):
-    """Position of sample j (int64): one in each of so many stretches of the batch, at a scrambled place in it."""
-    scrambled = ((j + 1) * 2654435769) & 0xFFFFFFFF  # 2^32 over the golden ratio: Knuth's multiplicative hash
-    return j * N // SAMPLES + ((scrambled * tl.maximum(N // SAMPLES, 1)) >> 32)
-
-
-@_jit
-def _center_kernel(
-    x, center, N, D: tl.constexpr, LARGEST: tl.constexpr, SAMPLES: tl.constexpr, BD: tl.constexpr, SCAN: tl.constexpr
-):
-    size = N.to(tl.int64)
-    j = tl.arange(0, SAMPLES).to(tl.int64)
-    n = _sample(j, size, SAMPLES)
-    rows = x + n[:, None] * D
-    strange = tl.zeros((SAMPLES, SCAN), tl.int32)
-    for start in range(0, D, SCAN):
-        d = start + tl.arange(0, SCAN)
-        v = tl.load(rows + d[None, :], mask=(n < size)[:, None] & (d < D)[None, :], other=0.0)
-        strange += tl.where(tl.abs(v) <= LARGEST, 0, 1)
-    usable = (tl.sum(strange, axis=1) == 0) & (n < size)
-    flags = tl.sum(tl.where(usable, 1, 0).to(tl.int64) << j, axis=0)
-
-    # The rank of every value among those of its coordinate, ties by position.
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    v = tl.load(rows + d[None, :], mask=usable[:, None] & (d < D)[None, :], other=0.0)
-    rank = tl.zeros((SAMPLES, BD), tl.int32)
-    for i in tl.static_range(SAMPLES):
-        row = x + _sample(i, size, SAMPLES) * D
-        other = tl.load(row + d, mask=d < D * ((flags >> i) & 1), other=float("inf"))[None, :]
-        rank += tl.where((other < v) | ((other == v) & (j > i)[:, None]), 1, 0)
-    middle = tl.sum(tl.where(usable, 1, 0), axis=0) // 2
-    median = tl.sum(tl.where(usable[:, None] & (rank == middle), v, 0.0), axis=0)
-    tl.store(center + d, median, mask=d < D)
-
-
-def center_row(x: Tensor) -> Tensor:
-    """Returns a point amid the rows, (D,): coordinate by coordinate, the median of the usable ones of 32; 0 of none.
-
-    Args:
-        x: (N, D) embeddings.
-    """
-    N, D = x.shape
-    center = torch.empty((D,), dtype=x.dtype, device=x.device)
-    options = {"SAMPLES": SAMPLES, "BD": 32, "SCAN": _power_of_2(D, 32, 64)}
-    _launch(_center_kernel, (_ceil(D, 32),), x.device, x, center, N, D, LARGEST, **options)
-    return center
-
-
 # Who belongs where
 
 
 @_jit
 def _nearest_kernel(
-    x, center, centroids, index, R, N, K: tl.constexpr, D: tl.constexpr, LARGEST: tl.constexpr,
-    WITH_R: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    x, centroids, index, R, N, K: tl.constexpr, D: tl.constexpr, LARGEST: tl.constexpr, WITH_R: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = x + n.to(tl.int64)[:, None] * D
@@ -155,20 +100,18 @@ def _nearest_kernel(
     strange = tl.zeros((BN, BD), tl.int32)
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)
-        squares = tl.zeros((BK,), tl.float32)
-        cross = tl.zeros((BN, BK), tl.float32)
+        squares = tl.zeros((BN, BK, BD), tl.float32)
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
-            origin = tl.load(center + d, mask=d < D, other=0.0)[None, :]
             v = tl.load(rows + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
             c = tl.load(centroids + k.to(tl.int64)[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :],
-                        other=0.0) - origin  # fmt: skip
+                        other=0.0)  # fmt: skip
             usable = tl.abs(v) <= LARGEST
             strange += tl.where(usable, 0, 1)
-            squares += tl.sum(c * c, axis=1)
-            cross = tl.dot(tl.where(usable, v - origin, 0.0), tl.trans(c), cross, input_precision=PRECISION)
-        # Equal centroids have equal distances to the bit, of which the first counts: no others are computed otherwise.
-        distance = tl.where((k < K)[None, :], squares[None, :] - 2 * cross, float("inf"))
+            difference = tl.where(usable, v, 0.0)[:, None, :] - c[None, :, :]
+            squares += difference * difference
+        # By differences, groups of rows may lie far apart, and equal centroids are equally far to the bit.
+        distance = tl.where((k < K)[None, :], tl.sum(squares, axis=2), float("inf"))
         smallest, which = tl.min(distance, axis=1, return_indices=True, return_indices_tie_break_left=True)
         nearest = tl.where(smallest < least, first + which, nearest)
         least = tl.minimum(smallest, least)
@@ -181,24 +124,22 @@ def _nearest_kernel(
             tl.store(R + n.to(tl.int64)[:, None] * K + k[None, :], own, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-def nearest(x: Tensor, center: Tensor, centroids: Tensor, *, with_responsibilities: bool) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, centroids: Tensor, *, with_responsibilities: bool) -> tuple[Tensor, Tensor]:
     """Returns the index of every row's nearest centroid, (N,) int32, ties to the lowest; and R, (N, K), or (N, 0).
 
-    By |c|^2 - 2 x.c about the center. A row that is not usable has index K and a row of zeros in R.
+    A row that is not usable has index K and a row of zeros in R.
 
     Args:
         x: (N, D) embeddings.
-        center: (D,) a point amid them.
         centroids: (K, D).
         with_responsibilities: Whether R is wanted.
     """
     (N, D), K = x.shape, centroids.shape[0]
     index = torch.empty((N,), dtype=torch.int32, device=x.device)
     R = torch.empty((N, K if with_responsibilities else 0), dtype=x.dtype, device=x.device)
-    BN, BD, warps, stages = (64, 64, 4, 4) if N >= 8192 else (32, 32, 2, 3)  # the fastest of 10 on an H100
-    options = {"PRECISION": "tf32x3", "BN": BN, "BK": _power_of_2(K, 16, 64), "BD": BD}
-    arguments = (x, center, centroids, index, R, N, K, D, LARGEST, with_responsibilities)
-    _launch(_nearest_kernel, (_ceil(N, BN),), x.device, *arguments, **options, num_warps=warps, num_stages=stages)
+    options = {"BN": 16, "BK": _power_of_2(K, 2, 16), "BD": 32, "num_warps": 4}
+    arguments = (x, centroids, index, R, N, K, D, LARGEST, with_responsibilities)
+    _launch(_nearest_kernel, (_ceil(N, 16),), x.device, *arguments, **options)
     return index, R
 
 
@@ -253,23 +194,22 @@ def _mean_about(x, order, begin, end, origin, d, D: tl.constexpr, BR: tl.constex
 
 
 @_jit
-def _means_kernel(x, center, order, offsets, previous, means, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+def _means_kernel(x, order, offsets, previous, means, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     k = tl.program_id(1)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     begin, end = tl.load(offsets + k), tl.load(offsets + k + 1)
-    origin = tl.load(center + d, mask=d < D, other=0.0)
     cells = k.to(tl.int64) * D + d
-    mean = origin + _mean_about(x, order, begin, end, origin, d, D, BR, BD)
+    near = _mean_about(x, order, begin, end, tl.zeros((BD,), tl.float32), d, D, BR, BD)
+    mean = near + _mean_about(x, order, begin, end, near, d, D, BR, BD)
     mean = tl.where(begin < end, mean, tl.load(previous + cells, mask=d < D, other=0.0))
     tl.store(means + cells, mean, mask=d < D)
 
 
-def component_means(x: Tensor, center: Tensor, order: Tensor, offsets: Tensor, previous: Tensor) -> Tensor:
+def component_means(x: Tensor, order: Tensor, offsets: Tensor, previous: Tensor) -> Tensor:
     """Returns the mean of each component's rows, (K, D); the previous one's bits where there is no row.
 
     Args:
         x: (N, D) embeddings.
-        center: (D,) a point amid them.
         order: (N,) int32 from `group`.
         offsets: (K + 1,) int32 from `group`.
         previous: (K, D).
@@ -277,13 +217,13 @@ def component_means(x: Tensor, center: Tensor, order: Tensor, offsets: Tensor, p
     K, D = previous.shape
     means = torch.empty_like(previous)
     options = {"BR": 256, "BD": 32, "num_warps": 8}
-    _launch(_means_kernel, (_ceil(D, 32), K), x.device, x, center, order, offsets, previous, means, D, **options)
+    _launch(_means_kernel, (_ceil(D, 32), K), x.device, x, order, offsets, previous, means, D, **options)
     return means
 
 
 @_jit
 def _split_kernel(
-    x, order, offsets, weight, mean, new_weight, new_mean, batch_mean, steps, Z, N, K: tl.constexpr,
+    x, order, offsets, weight, mean, residual, new_weight, new_mean, new_residual, steps, Z, N, K: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(1).to(tl.int64)
@@ -316,10 +256,17 @@ def _split_kernel(
     w = w_a + count
     cells = k * D + d
     old = tl.load(mean + cells, mask=d < D, other=0.0)
-    shift = (near - old) + lost
-    new = tl.where(w_a > 0, old + shift * (count / tl.where(w > 0, w, 1.0)), near + lost)
+    old_lost = tl.load(residual + cells, mask=d < D, other=0.0)
+    shift = (near - old) + (lost - old_lost)
+    # As in merge_means: from the heavier side, and with what rounding takes from the sum.
+    share = count / tl.where(w > 0, w, 1.0)
+    base = tl.where(share < 0.5, old, near)
+    step = tl.where(share < 0.5, old_lost + share * shift, lost - (1.0 - share) * shift)
+    new = base + step
+    of_step = new - base
+    left = (base - (new - of_step)) + (step - of_step)
     tl.store(new_mean + cells, tl.where(count > 0, new, old), mask=d < D)
-    tl.store(batch_mean + cells, tl.where(count > 0, near + lost, 0.0), mask=d < D)
+    tl.store(new_residual + cells, tl.where(count > 0, left, old_lost), mask=d < D)
     tl.store(steps + cells, shift, mask=d < D)
     tl.store(steps + K * D + cells, lost, mask=d < D)
     if tl.program_id(0) == 0:
@@ -384,9 +331,10 @@ def _merge_kernel(
 
 
 def absorb(
-    weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, order: Tensor, offsets: Tensor, *, out: Tensor
+    weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, order: Tensor, offsets: Tensor,
+    *, out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns weight, mean and covariance of the union of history and batch, and the batch's means, 0 without a row.
+    """Returns weight, mean, what rounding took from it, and covariance of the union of history and batch.
 
     Per component, with w_b rows, w = w_a + w_b and d = mean_b - mean_a:
 
@@ -400,6 +348,7 @@ def absorb(
     Args:
         weight: (K,) of the history, decayed.
         mean: (K, D) of the history.
+        residual: (K, D) what rounding took from it.
         covariance: (K, D, D) of the history.
         x: (N, D) embeddings.
         order: (N,) int32 from `group`.
@@ -408,10 +357,11 @@ def absorb(
     """
     (N, D), K = x.shape, weight.shape[0]
     width = _ceil(D, TILE) * TILE  # the columns between are 0 and need no mask
-    new_weight, new_mean, batch_mean = torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(mean)
+    new_weight, new_mean, new_residual = torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(mean)
     steps = torch.empty((2, K, D), dtype=x.dtype, device=x.device)
     Z = torch.empty((3, N, width), dtype=torch.bfloat16, device=x.device)
-    inputs, results = (x, order, offsets, weight, mean), (new_weight, new_mean, batch_mean, steps, Z)
+    inputs = (x, order, offsets, weight, mean, residual)
+    results = (new_weight, new_mean, new_residual, steps, Z)
     grid = (width // 32, K)
     BR = 256 if grid[0] * K <= 128 else 128  # few programs take longer turns; many need the registers
     _launch(_split_kernel, grid, x.device, *inputs, *results, N, K, D, width, BR=BR, BD=32, num_warps=8)
@@ -421,7 +371,7 @@ def absorb(
     arguments = (Z, offsets, weight, steps, covariance, out, N, K, D, width, in_place, product)
     options = {"T": TILE, "BR": 32, "num_warps": 4, "num_stages": 3}
     _launch(_merge_kernel, (tiles, K), x.device, *arguments, **options)
-    return new_weight, new_mean, out, batch_mean
+    return new_weight, new_mean, new_residual, out
 
 
 # What is logged
@@ -475,167 +425,4 @@ def summary(weight: Tensor, mean: Tensor) -> Tensor:
     return figures
 
 
-# A second life for dead components
-
-
-@_jit
-def _dead(weight, threshold, K: tl.constexpr, BK: tl.constexpr):
-    """The lightest component, the first of equals, if its share is below the threshold; else -1."""
-    k = tl.arange(0, BK)
-    w = tl.load(weight + k, mask=k < K, other=float("inf"))
-    least, lightest = tl.min(w, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    total = tl.sum(tl.where(k < K, w, 0.0), axis=0)
-    return tl.where(least / tl.where(total > 0, total, 1.0) < threshold, lightest, -1)
-
-
-@_jit
-def _distances_kernel(
-    weight, batch_mean, x, index, distance, threshold, N, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    if _dead(weight, threshold, K, BK) >= 0:
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        own = tl.load(index + n, mask=n < N, other=-1).to(tl.int64)
-        used = (own >= 0) & (own < K)
-        squares = tl.zeros((BN, BD), tl.float32)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            inside = used[:, None] & (d < D)[None, :]
-            v = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
-            v -= tl.load(batch_mean + own[:, None] * D + d[None, :], mask=inside, other=0.0)
-            squares += v * v
-        tl.store(distance + n, tl.where(used, tl.sum(squares, axis=1), -1.0), mask=n < N)
-
-
-@_jit
-def _count(distance, least, N, BLOCK: tl.constexpr):
-    """How many of N distances have bits that, read as an integer, are at least so large."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, N, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        bits = tl.load(distance + n, mask=n < N, other=-1.0).to(tl.int32, bitcast=True)
-        total += tl.where(bits >= least, 1, 0)
-    return tl.sum(total, axis=0)
-
-
-@_jit
-def _far_row(distance, N, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of rank used // OUTLIERS from the farthest, first come first of equals; its distance; how many are used.
-
-    Distances that are not negative are ordered as their bits are, read as integers, and so found bit by bit.
-    """
-    used = _count(distance, 0, N, BLOCK)
-    rank = used // OUTLIERS
-    found = used * 0
-    for b in range(31):
-        larger = found | (1 << (30 - b))
-        found = tl.where(_count(distance, larger, N, BLOCK) > rank, larger, found)
-    wanted = rank - _count(distance, found + 1, N, BLOCK)
-    seen, row = used * 0, used * 0
-    for start in range(0, N, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        bits = tl.load(distance + n, mask=n < N, other=-1.0).to(tl.int32, bitcast=True)
-        equal = tl.where(bits == found, 1, 0)
-        row += tl.sum(tl.where((equal != 0) & (seen + tl.cumsum(equal, axis=0) - 1 == wanted), n, 0), axis=0)
-        seen += tl.sum(equal, axis=0)
-    return row, found.to(tl.float32, bitcast=True), used
-
-
-@_jit
-def _sides_kernel(
-    weight, batch_mean, x, index, distance, side, n_revived, threshold, N, K: tl.constexpr, D: tl.constexpr,
-    ROUNDING: tl.constexpr, OUTLIERS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    # Every program finds the row again, which takes less time than another launch. What the next kernel must know,
-    # which changes the weights, stands behind the sides.
-    lightest = _dead(weight, threshold, K, BK)
-    row = lightest * 0
-    if lightest >= 0:
-        row, far, used = _far_row(distance, N, OUTLIERS, BLOCK)
-        whose = tl.load(index + row, mask=used > 0, other=0)
-        origin, target = batch_mean + whose.to(tl.int64) * D, x + row.to(tl.int64) * D
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        beside = (tl.load(index + n, mask=n < N, other=-1) == whose) & (
-            tl.load(distance + n, mask=n < N, other=-1.0) <= far
-        )
-        along = tl.zeros((BN, BD), tl.float32)
-        squares = tl.zeros((BD,), tl.float32)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            m = tl.load(origin + d, mask=d < D, other=0.0)
-            direction = tl.load(target + d, mask=d < tl.where(used > 0, D, 0), other=0.0) - m
-            inside = beside[:, None] & (d < D)[None, :]
-            v = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
-            along += tl.where(inside, v - m[None, :], 0.0) * direction[None, :]
-            squares += m * m
-        tl.store(side + n, tl.where(tl.sum(along, axis=1) > 0, 1, 0), mask=n < N)
-        lightest = tl.where((used > 0) & (far > ROUNDING * tl.sum(squares, axis=0)), lightest, -1)
-    if tl.program_id(0) == 0:
-        tl.store(n_revived, tl.where(lightest >= 0, 1, 0).to(tl.int64))
-        tl.store(side + N, lightest)
-        tl.store(side + N + 1, row)
-
-
-@_jit
-def _move_kernel(
-    weight, mean, covariance, batch_mean, x, index, side, N, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
-):
-    lightest = tl.load(side + N).to(tl.int64)
-    if lightest >= 0:
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
-        whose = tl.load(index + tl.load(side + N + 1)).to(tl.int64)
-        origin = tl.load(batch_mean + whose * D + d, mask=d < D, other=0.0)
-        total = tl.zeros((BR, BD), tl.float32)
-        count = tl.zeros((BR,), tl.int32)
-        for start in range(0, N, BR):
-            n = start + tl.arange(0, BR)
-            chosen = tl.load(side + n, mask=n < N, other=0)
-            inside = (chosen != 0)[:, None] & (d < D)[None, :]
-            v = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
-            total += tl.where(inside, v - origin[None, :], 0.0)
-            count += chosen
-        middle = origin + tl.sum(total, axis=0) / tl.maximum(tl.sum(count, axis=0), 1).to(tl.float32)
-        tl.store(mean + lightest * D + d, middle, mask=d < D)
-        for start in range(0, D, BR):
-            row = start + tl.arange(0, BR)
-            cells = (lightest * D + row.to(tl.int64))[:, None] * D + d[None, :]
-            inside = (row < D)[:, None] & (d < D)[None, :]
-            tl.store(covariance + cells, tl.zeros((BR, BD), tl.float32), mask=inside)
-        if tl.program_id(0) == 0:
-            tl.store(weight + lightest, 0.0)
-
-
-def revive(
-    weight: Tensor, mean: Tensor, covariance: Tensor, batch_mean: Tensor, x: Tensor, index: Tensor,
-    *, revive_below: float,
-) -> Tensor:  # fmt: skip
-    """Moves at most one dead component, in place, as mixture_core.revive does, and returns how many moved, () int64.
-
-    Args:
-        weight: (K,) after the step.
-        mean: (K, D) after the step.
-        covariance: (K, D, D) after the step.
-        batch_mean: (K, D) from `absorb`.
-        x: (N, D) embeddings.
-        index: (N,) int32 from `nearest`.
-        revive_below: Share, times K, under which a component is dead.
-    """
-    (N, D), K = x.shape, weight.shape[0]
-    distance = torch.empty((N,), dtype=x.dtype, device=x.device)
-    side = torch.empty((N + 2,), dtype=torch.int32, device=x.device)
-    n_revived = torch.empty((), dtype=torch.int64, device=x.device)
-    threshold, blocks = revive_below / K, _ceil(N, 32)
-    batch = (weight, batch_mean, x, index, distance)
-    options = {"BK": _power_of_2(K, 16, 1 << 30), "BN": 32, "BD": 64}
-    _launch(_distances_kernel, (blocks,), x.device, *batch, threshold, N, K, D, **options)
-    others = (side, n_revived, threshold, N, K, D, ROUNDING, OUTLIERS)
-    _launch(_sides_kernel, (max(blocks, 1),), x.device, *batch, *others, **options, BLOCK=4096, num_warps=8)
-    state = (weight, mean, covariance)
-    _launch(
-        _move_kernel, (_ceil(D, 32),), x.device, *state, batch_mean, x, index, side, N, D, BR=128, BD=32, num_warps=8
-    )
-    return n_revived
-
-
-INTERPRETED = type(_center_kernel).__name__ == "InterpretedFunction"
+INTERPRETED = type(_nearest_kernel).__name__ == "InterpretedFunction"

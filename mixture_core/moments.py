@@ -92,15 +92,49 @@ def merge(a: Moments, b: Moments) -> Moments:
     if a.mean.shape[-2:] != b.mean.shape[-2:]:
         expected, came = tuple(a.mean.shape[-2:]), tuple(b.mean.shape[-2:])
         raise ValueError(f"`b` must have the K and D of `a`, {expected}, got {came}.")
-    weight = a.weight + b.weight
-    share = safe_divide(b.weight, weight)[..., None]  # of b, (K, 1)
-    d = b.mean - a.mean
+    return merge_exactly((a, torch.zeros_like(a.mean)), (b, torch.zeros_like(b.mean)))[0]
+
+
+def merge_exactly(a: tuple[Moments, Tensor], b: tuple[Moments, Tensor]) -> tuple[Moments, Tensor]:
+    """Returns what `merge` does for means that come with their residual, (K, D): what rounding took from them."""
+    (a_, low_a), (b_, low_b) = a, b
+    weight = a_.weight + b_.weight
+    share = safe_divide(b_.weight, weight)[..., None]  # of b, (K, 1)
+    (mean, residual), d = merge_means((a_.mean, low_a), (b_.mean, low_b), share)
     shift = (share * (1 - share))[..., None] * (d[..., :, None] * d[..., None, :])  # symmetric to the bit
-    return Moments(
-        weight=weight,
-        mean=torch.lerp(a.mean, b.mean, share),
-        covariance=torch.lerp(a.covariance, b.covariance, share[..., None]) + shift,
-    )
+    covariance = torch.lerp(a_.covariance, b_.covariance, share[..., None]) + shift
+    return Moments(weight=weight, mean=mean, covariance=covariance), residual
+
+
+def merge_means(
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], share: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Returns the mean of a union as the unevaluated sum of two floats, and d = mean_b - mean_a, all (K, D).
+
+    A float32 mean alone stops moving where a step moves it by less than its last digit.
+
+    Args:
+        a: Mean of the one set and what rounding took from it, (K, D) each.
+        b: The same of the other.
+        share: (K, 1) of b in the union's weight.
+    """
+    d = (b[0] - a[0]) + (b[1] - a[1])
+    if looks(share) and (share < 0.5).all():
+        return two_sum(a[0], a[1] + share * d), d
+    # From the heavier side: a light one may be far away, and its last digit then coarser than all of the other.
+    from_a = share < 0.5
+    step = torch.where(from_a, a[1] + share * d, b[1] - (1 - share) * d)
+    return two_sum(torch.where(from_a, a[0], b[0]), step), d
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a + b as the nearest float, and exactly what that leaves.
+
+    Knuth, "The Art of Computer Programming", volume 2, section 4.2.2, theorem B.
+    """
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def decay(moments: Moments, factor: float | Tensor) -> Moments:

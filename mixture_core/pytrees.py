@@ -16,21 +16,22 @@ def pytree(cls: type[Record]) -> type[Record]:
 
     Place it above a visible `@attrs.frozen(eq=False, kw_only=True)`. The `__init__` that attrs generates for a frozen
     class cannot be traced by torch.compile, so that this one takes its place. Fields with the metadata STATIC must hash
-    and compare; all others are subtrees. Fields may not have validators or converters: torch rebuilds records with
-    placeholders in the place of tensors.
+    and compare; all others are subtrees. A default must be a `attrs.Factory(..., takes_self=True)`. Fields may not have
+    validators or converters: torch rebuilds records with placeholders in the place of tensors.
     """
     fields = attrs.fields(cls)  # type: ignore[arg-type]  # mypy cannot know that the class is an attrs class
     names = tuple(field.name for field in fields)
+    defaults = {field.name: field.default.factory for field in fields if field.default is not attrs.NOTHING}
     static_names = tuple(field.name for field in fields if field.metadata.get("static"))
     child_names = tuple(name for name in names if name not in static_names)
     class_name = cls.__name__
 
     # It must not close over `cls`: a compiled vmap fails on that.
     def __init__(self: Any, **values: Any) -> None:
+        if not set(names) - set(defaults) <= set(values) <= set(names):
+            raise TypeError(f"`{class_name}` takes exactly {', '.join(names)} by keyword, got {', '.join(values)}.")
         for name in names:
-            if len(values) != len(names) or name not in values:
-                raise TypeError(f"`{class_name}` takes exactly {', '.join(names)} by keyword, got {', '.join(values)}.")
-            object.__setattr__(self, name, values[name])
+            object.__setattr__(self, name, values[name] if name in values else defaults[name](self))
 
     def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
         return [getattr(record, name) for name in child_names], tuple(getattr(record, name) for name in static_names)

@@ -1,15 +1,15 @@
 """From rows to moments: of soft responsibilities, and, at N D^2 cost, of rows that belong to one component each."""
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mixture_core import kernels
-from mixture_core.grouped import Workspace, absorb_rows, complete_
+from mixture_core.grouped import CHUNK, Workspace, absorb_rows, complete_
 from mixture_core.inputs import as_embeddings, as_tensor, is_plain, looks, middle_row, usable_rows
-from mixture_core.moments import Moments, merge, safe_divide
+from mixture_core.moments import Moments, merge, merge_exactly, safe_divide
 
 # torch has no public way to ask inside of which transforms a function runs.
 FORWARD, REVERSE = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
@@ -54,45 +54,55 @@ def batch_moments(x: Tensor, R: Tensor) -> Moments:
     R = torch.where(usable_rows(x)[:, None], R.to(x.dtype), 0.0)
     index = _hard_index(R) if looks(x, R) else None
     if index is None:
-        return _moments(x, R)
+        chunks = zip(torch.split(x, CHUNK), torch.split(R, CHUNK), strict=True)
+        return reduce(merge, (_whole(*_moments(*chunk)) for chunk in chunks))
     K, D = R.shape[1], x.shape[1]
     nothing = Moments(weight=x.new_zeros(K), mean=x.new_zeros(K, D), covariance=x.new_zeros(K, D, D))
-    return absorb(nothing, x, index)[0]
+    return _whole(*absorb(nothing, nothing.mean, x, index))
 
 
-def absorb(history: Moments, x: Tensor, index: Tensor, *, work: Workspace | None = None) -> tuple[Moments, Tensor]:
-    """Returns merge(history, batch_moments(x, R)) where R gives every row to one component; and the batch's means.
+def _whole(moments: Moments, residual: Tensor) -> Moments:
+    return Moments(weight=moments.weight, mean=moments.mean + residual, covariance=moments.covariance)
+
+
+def absorb(
+    history: Moments, residual: Tensor, x: Tensor, index: Tensor, *, work: Workspace | None = None
+) -> tuple[Moments, Tensor]:
+    """Returns merge(history, batch_moments(x, R)) where R gives each row to one component; and its means' residual.
 
     Rows are sorted by component and enter one product each: the work is N D^2 multiply-adds whatever K is, or half of
-    it, and no derivative is lost: those are taken of `merge` and `batch_moments`.
+    it, and no derivative is lost: those are taken of `merge` and `batch_moments`. Large batches are merged chunk by
+    chunk, since a float32 sum of a million squares has lost its last three digits.
 
     Args:
         history: The moments so far.
+        residual: (K, D) what rounding took from the history's means.
         x: (N, D) embeddings.
         index: (N,) integers, the component of each row; K where it counts for nothing, and may hold anything.
         work: Memory to use where `is_plain`; its covariance may be the history's. The upper triangle of the new
             covariance is then left undefined, and that of the history's is not read.
 
-    Returns:
-        The moments; and the means of the batch alone, (K, D), which say nothing where a component has no row.
     """
     if x.shape[0] == 0:
         kept = history.covariance.clone() if work is None else work.covariance.copy_(history.covariance)
-        same = Moments(weight=history.weight.clone(), mean=history.mean.clone(), covariance=kept)
-        return same, torch.zeros_like(history.mean)
-    arguments = (history.weight, history.mean, history.covariance, x, index)
+        return Moments(weight=history.weight.clone(), mean=history.mean.clone(), covariance=kept), residual.clone()
+    if x.shape[0] > CHUNK:
+        for chunk, members in zip(torch.split(x, CHUNK), torch.split(index, CHUNK), strict=True):
+            history, residual = absorb(history, residual, chunk, members, work=work)
+        return history, residual
+    arguments = (history.weight, history.mean, residual, history.covariance, x, index)
     if is_plain(*arguments):
         memory = work or Workspace.like(history.covariance, N=x.shape[0])
-        weight, mean, covariance, batch_mean = _absorb_plainly(*arguments, memory)
+        weight, mean, residual, covariance = _absorb_plainly(*arguments, memory)
         covariance = covariance if work else complete_(covariance)
     elif torch.compiler.is_compiling():  # which takes no function with a forward derivative
         form = _absorb_densely if _may_be_derived(*arguments) else torch.ops.mixture_core.absorb
-        weight, mean, covariance, batch_mean = form(*arguments)
+        weight, mean, residual, covariance = form(*arguments)
     elif _is_forward_twice():
-        weight, mean, covariance, batch_mean = _absorb_densely(*arguments)
+        weight, mean, residual, covariance = _absorb_densely(*arguments)
     else:
-        weight, mean, covariance, batch_mean = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
-    return Moments(weight=weight, mean=mean, covariance=covariance), batch_mean
+        weight, mean, residual, covariance = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
+    return Moments(weight=weight, mean=mean, covariance=covariance), residual
 
 
 def _may_be_derived(*tensors: Tensor) -> bool:
@@ -121,19 +131,16 @@ def _hard_index(R: Tensor) -> Tensor | None:
     return torch.where(total > 0, R.argmax(dim=1), R.shape[1]) if hard else None
 
 
-def _moments(x: Tensor, R: Tensor) -> Moments:
-    """`batch_moments` where rows that are not usable have R = 0."""
+def _moments(x: Tensor, R: Tensor) -> tuple[Moments, Tensor]:
+    """`batch_moments` where rows that are not usable have R = 0; what rounding took from its means comes apart."""
     usable = usable_rows(x)
     x, center, weight = torch.where(usable[:, None], x, 0.0), middle_row(x, usable), R.sum(dim=0)
     mean = torch.where(weight[:, None] > 0, center + component_means(x - center, R).detach(), 0.0)
     # About the means: differences from them are exact, and what rounding took from them is in `sums`, derivatives too.
     sums, scatter = _scatter(x, R, mean)
     lost = safe_divide(sums, weight[:, None])
-    return Moments(
-        weight=weight,
-        mean=mean + lost,
-        covariance=safe_divide(scatter, weight[:, None, None]) - lost[:, :, None] * lost[:, None, :],
-    )
+    covariance = safe_divide(scatter, weight[:, None, None]) - lost[:, :, None] * lost[:, None, :]
+    return Moments(weight=weight, mean=mean, covariance=covariance), lost
 
 
 def _scatter(x: Tensor, R: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,28 +156,30 @@ def _scatter(x: Tensor, R: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(sums), (scatter + scatter.mT) / 2
 
 
-Absorbed: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, mean and covariance of both; means of the batch
+Absorbed: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, mean, residual and covariance
 
 
-def _absorb_densely(weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, index: Tensor) -> Absorbed:
+def _absorb_densely(
+    weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor
+) -> Absorbed:
     """`absorb` by its definition, K products of all rows: for derivatives, and for devices without anything faster."""
     members = one_hot(index, len(weight))
-    batch = _moments(x, members.to(x.dtype))
-    new = merge(Moments(weight=weight, mean=mean, covariance=covariance), batch)
-    return new.weight, new.mean, new.covariance, batch.mean
+    history = Moments(weight=weight, mean=mean, covariance=covariance)
+    new, residual = merge_exactly((history, residual), _moments(x, members.to(x.dtype)))
+    return new.weight, new.mean, residual, new.covariance
 
 
 def _absorb_plainly(
-    weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, index: Tensor, work: Workspace
+    weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor, work: Workspace
 ) -> Absorbed:
     """`absorb` by the fastest way that the device has; of the covariance only the lower triangle is right."""
     if x.device.type == "cpu":
-        return absorb_rows(weight, mean, covariance, x, index, work)
+        return absorb_rows(weight, mean, residual, covariance, x, index, work)
     if kernels.usable_on(x, K=len(weight)):
         groups = kernels.group(index.to(torch.int32), len(weight))
-        return kernels.absorb(weight, mean, covariance, x.contiguous(), *groups, out=work.covariance)
-    new_weight, new_mean, new_covariance, batch_mean = _absorb_densely(weight, mean, covariance, x, index)
-    return new_weight, new_mean, work.covariance.copy_(new_covariance), batch_mean
+        return kernels.absorb(weight, mean, residual, covariance, x.contiguous(), *groups, out=work.covariance)
+    *rest, new_covariance = _absorb_densely(weight, mean, residual, covariance, x, index)
+    return (*rest, work.covariance.copy_(new_covariance))  # type: ignore[return-value]  # four
 
 
 # The operator is for tracers and for vmap, to which the sorting is one opaque call. Derivatives are not its own, since
@@ -178,20 +187,21 @@ def _absorb_plainly(
 OPERATOR = "mixture_core::absorb"
 torch.library.define(
     OPERATOR,
-    "(Tensor weight, Tensor mean, Tensor covariance, Tensor x, Tensor index) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor weight, Tensor mean, Tensor residual, Tensor covariance, Tensor x, Tensor index) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl(OPERATOR, "default")
-def _operator(weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, index: Tensor) -> Absorbed:
-    new = _absorb_plainly(weight, mean, covariance, x, index, Workspace.like(covariance, N=len(x)))
-    complete_(new[2])
+def _operator(weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor) -> Absorbed:
+    new = _absorb_plainly(weight, mean, residual, covariance, x, index, Workspace.like(covariance, N=len(x)))
+    complete_(new[3])
     return new
 
 
 @torch.library.register_fake(OPERATOR)  # type: ignore[untyped-decorator]  # torch has not annotated it
-def _shapes(weight: Tensor, mean: Tensor, covariance: Tensor, x: Tensor, index: Tensor) -> Absorbed:
-    return torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(covariance), torch.empty_like(mean)
+def _shapes(weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor) -> Absorbed:
+    return torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(residual), torch.empty_like(covariance)
 
 
 @torch.library.register_vmap(OPERATOR)  # type: ignore[untyped-decorator]  # torch has not annotated it
@@ -223,8 +233,8 @@ class _Absorb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mean, covariance, x, index = ctx.saved_tensors
-        _, pull = torch.func.vjp(partial(_absorb_densely, index=index), weight, mean, covariance, x)  # type: ignore[misc]  # two, without aux
+        *values, index = ctx.saved_tensors
+        _, pull = torch.func.vjp(partial(_absorb_densely, index=index), *values)  # type: ignore[misc]  # two, without aux
         return (*pull(gradients), None)
 
     @staticmethod

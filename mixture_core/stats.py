@@ -1,17 +1,13 @@
 """What a step tells its reader."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 from torch import Tensor
 
 from mixture_core.moments import Moments
 from mixture_core.pytrees import pytree
-
-KEYS = (
-    "pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "n_revived"
-)  # fmt: skip
 
 
 @pytree
@@ -22,7 +18,10 @@ class StepStats(Mapping[str, Tensor]):
     moments: Moments  # of the new state
     R: Tensor  # (N, K) responsibilities of this step's samples
     n_ignored: Tensor  # () int64: samples that were ignored, their row of R being 0
-    n_revived: Tensor  # () int64: dead components that were moved
+
+    KEYS: ClassVar[tuple[str, ...]] = (
+        "pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored"
+    )  # fmt: skip
 
     @property
     def pi(self) -> Tensor:
@@ -61,26 +60,26 @@ class StepStats(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         """Returns a statistic by its name."""
-        if key not in KEYS:
-            raise KeyError(f"{key!r} is not a statistic; there are {', '.join(KEYS)}.")
+        if key not in self.KEYS:
+            raise KeyError(f"{key!r} is not a statistic; there are {', '.join(self.KEYS)}.")
         value: Tensor = getattr(self, key)
         return value
 
     def __contains__(self, key: object) -> bool:
         """Is true of the names of the statistics, and computes none of them."""
-        return key in KEYS
+        return key in self.KEYS
 
     def __iter__(self) -> Iterator[str]:
         """Goes through the names of the statistics."""
-        return iter(KEYS)
+        return iter(self.KEYS)
 
     def __len__(self) -> int:
         """Returns the number of statistics."""
-        return len(KEYS)
+        return len(self.KEYS)
 
     def __repr__(self) -> str:
         """Returns the names and the shapes of what there is, in one line."""
-        return f"StepStats(R: {tuple(self.R.shape)}, mu: {tuple(self.mu.shape)}, and {', '.join(KEYS)})"
+        return f"StepStats(R: {tuple(self.R.shape)}, mu: {tuple(self.mu.shape)}, and {', '.join(self.KEYS)})"
 
     # A Mapping would compare tensors entry by entry, which has no truth value.
     def __eq__(self, other: Any) -> bool:

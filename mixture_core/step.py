@@ -10,7 +10,6 @@ from mixture_core.grouped import Workspace
 from mixture_core.inputs import as_embeddings, as_labels, looks
 from mixture_core.moments import Moments, decay
 from mixture_core.pytrees import STATIC, pytree
-from mixture_core.revive import revive
 from mixture_core.scatter import absorb
 from mixture_core.stats import StepStats
 
@@ -22,6 +21,8 @@ class MixtureState:
 
     config: MixtureConfig = attrs.field(metadata=STATIC)
     moments: Moments  # weight (K,), mean (K, D), covariance (K, D, D)
+    # (K, D) what rounding took from the means: a long window moves them by less than their last digit. 0 if left out.
+    residual: Tensor = attrs.field(default=attrs.Factory(lambda self: torch.zeros_like(self.moments.mean), True))
 
 
 def init(
@@ -90,8 +91,8 @@ def advance(
         state: From `init` or the step before.
         embeddings: As in `step`.
         labels: As in `step`.
-        continues: Whether the batch is a further part of the one that the state has seen last: then nothing decays, and
-            no component is moved. Where it is one, but maybe the first with a usable row, () bool says whether it is
+        continues: Whether the batch is a further part of the one that the state has seen last: then nothing decays.
+            Where it is one, but maybe the first with a usable row, () bool says whether it is
             not: what was idle has not decayed anything.
         work: Memory, as in `absorb`; None is new memory. Where it is given, only the lower triangle of the new
             covariance is right, and only that of the state's has to be.
@@ -101,18 +102,13 @@ def advance(
         ValueError: A shape is wrong, or labels are missing.
     """
     config = state.config
-    x, moments = match(state, embeddings)
+    x, (moments, residual) = match(state, embeddings)
     index, R = _members(config, x, moments, labels, iterations=config.max_assign_iters, work=work)
-    ignored = index == config.K
-    n_ignored = ignored.sum()
-    before = history(config, moments, keep=(n_ignored == x.shape[0]) | continues)
-    new, batch_mean = absorb(before, x, index, work=work)
-    if config.revives and continues is False:
-        new, n_revived = revive(new, batch_mean, x, index, R, revive_below=config.revive_below)
-    else:
-        n_revived = torch.zeros((), dtype=torch.int64, device=x.device)
-    stats = StepStats(moments=new, R=R, n_ignored=n_ignored, n_revived=n_revived)
-    return MixtureState(config=config, moments=new), stats
+    n_ignored = (index == config.K).sum()
+    before, residual = history(config, moments, residual, keep=(n_ignored == x.shape[0]) | continues)
+    new, residual = absorb(before, residual, x, index, work=work)
+    stats = StepStats(moments=new, R=R, n_ignored=n_ignored)
+    return MixtureState(config=config, moments=new, residual=residual), stats
 
 
 def assign(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -127,18 +123,19 @@ def assign(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None
         TypeError: An argument is of the wrong type.
         ValueError: A shape is wrong, or labels are missing.
     """
-    x, moments = match(state, embeddings)
+    x, (moments, _) = match(state, embeddings)
     return _members(state.config, x, moments, labels, iterations=1, work=None)[1]
 
 
-def match(state: MixtureState, embeddings: Tensor) -> tuple[Tensor, Moments]:
-    """Returns embeddings and moments in one type: float64 if either is."""
+def match(state: MixtureState, embeddings: Tensor) -> tuple[Tensor, tuple[Moments, Tensor]]:
+    """Returns embeddings, and moments with their residual, in one type: float64 if either is."""
     m = state.moments
     x = as_embeddings(embeddings, D=m.mean.shape[1])
     if x.dtype == m.mean.dtype:
-        return x, m
+        return x, (m, state.residual)
     dtype = torch.promote_types(x.dtype, m.mean.dtype)
-    return x.to(dtype), Moments(weight=m.weight.to(dtype), mean=m.mean.to(dtype), covariance=m.covariance.to(dtype))
+    moments = Moments(weight=m.weight.to(dtype), mean=m.mean.to(dtype), covariance=m.covariance.to(dtype))
+    return x.to(dtype), (moments, state.residual.to(dtype))
 
 
 def _members(
@@ -156,27 +153,24 @@ def _members(
     return nearest_means(x, moments.mean, iterations=iterations, work=work)
 
 
-def history(config: MixtureConfig, moments: Moments, *, keep: Tensor) -> Moments:
+def history(config: MixtureConfig, moments: Moments, residual: Tensor, *, keep: Tensor) -> tuple[Moments, Tensor]:
     """Returns what a batch is merged into: the decayed moments in `mode: ema`, else nothing but k-means' centroids.
 
     Args:
         config: The choices.
         moments: So far.
+        residual: (K, D) of their means.
         keep: () bool, whether to return them as they are: an idle step, one without a usable row, decays and forgets
             nothing, nor does a further part of a step.
     """
     if looks(keep, moments.weight) and keep:
-        return moments
+        return moments, residual
     if config.averages:
         decayed = decay(moments, config.ema_decay)
-        if looks(keep, moments.weight):
-            return decayed
-        return Moments(
-            weight=torch.where(keep, moments.weight, decayed.weight), mean=moments.mean, covariance=moments.covariance
-        )
+        weight = decayed.weight if looks(keep, moments.weight) else torch.where(keep, moments.weight, decayed.weight)
+        return Moments(weight=weight, mean=moments.mean, covariance=moments.covariance), residual
     kept = keep.to(moments.weight.dtype)
+    centroids = kept if config.uses_labels else 1.0
     return Moments(
-        weight=moments.weight * kept,
-        mean=moments.mean * kept if config.uses_labels else moments.mean,
-        covariance=moments.covariance * kept,
-    )
+        weight=moments.weight * kept, mean=moments.mean * centroids, covariance=moments.covariance * kept
+    ), residual * centroids

@@ -262,8 +262,6 @@ def oracle_lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tens
 def oracle_step(state: MixtureState, x: Tensor, labels: Tensor | None = None) -> tuple[MixtureState, StepStats]:
     """Returns the state after one batch and what there is to read: what `mixture_core.step` should, in float64.
 
-    It moves no dead component: it is the oracle of a config with `revive_below=0`, and of steps with `n_revived` 0.
-
     Args:
         state: Before the batch.
         x: (N, D) embeddings.
@@ -287,7 +285,7 @@ def oracle_step(state: MixtureState, x: Tensor, labels: Tensor | None = None) ->
         empty = Moments(weight=old.weight * 0, mean=centroids, covariance=old.covariance * 0)
         new = oracle_merge(empty, batch)
     n_ignored = (R.sum(dim=1) == 0).sum()
-    stats = StepStats(moments=new, R=R, n_ignored=n_ignored, n_revived=torch.zeros_like(n_ignored))
+    stats = StepStats(moments=new, R=R, n_ignored=n_ignored)
     return MixtureState(config=config, moments=new), stats
 
 

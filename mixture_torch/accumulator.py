@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 import mixture_core
 from mixture_core import MixtureState, StepStats
 from mixture_core.inputs import usable_rows
-from mixture_core.peers import Peers
-from mixture_core.shares import advance_share
+from mixture_core.relocate import move
+from mixture_core.shares import Total, advance_share
 from mixture_core.step import advance
 from mixture_torch.batches import Batch, exchange, receive, together
 from mixture_torch.checkpoint import SEEDING_ROWS, Standing
@@ -41,6 +41,7 @@ class Start(NamedTuple):
     state: MixtureState
     waiting: Tensor | None = None  # (n, D) rows that go on waiting for more to start from
     anew: bool = False  # whether the state has seen no batch
+    n_relocated: Tensor | None = None  # () components that have just been moved; None if it was not time to
 
 
 class Accumulator:
@@ -54,6 +55,7 @@ class Accumulator:
     def __init__(self, config: MixtureRuntimeConfig, process_group: Any) -> None:
         self._config = config
         self._group = process_group
+        self._is_scarcity_checked = False
         self.restart(Standing())
 
     def restart(self, standing: Standing) -> None:
@@ -65,6 +67,8 @@ class Accumulator:
         self._last: ExactStats | None = None
         self._token: object = None  # of the step that is under way
         self._early: list[Batch] = []  # its batches that came before there were enough rows to start from
+        self._is_counted = False  # whether that step is, in `standing`: the first part with a usable row does it
+        self._sizes: list[int | Tensor] = []  # rows of each step since then, up to the end of a window
 
     def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None = None) -> Updated:
         """Returns what comes of one more batch; of one more part of the last one, where it has the same token.
@@ -95,15 +99,16 @@ class Accumulator:
             N: Its rows.
             token: As in `update`.
         """
-        (state, waiting), last = self.standing, self._last
+        (state, waiting, _), last = self.standing, self._last
         if state is None or last is None:
             return None
         with full_float32(last.moments.weight):
             count = last.moments.weight.new_zeros((), dtype=torch.int64)
             R = state.moments.weight.new_zeros(N, self._config.K)
-            stats = StepStats(moments=state.moments, R=R, n_ignored=count + N, n_revived=count)
-            rows = self._rows(N, continues=self._continues(token))
-            updated = self._commit(Start(state, waiting), state, stats, rows, None)
+            stats = StepStats(moments=state.moments, R=R, n_ignored=count + N)
+            continues = self._continues(token)
+            rows = self._rows(N, continues=continues)
+            updated = self._commit(Start(state, waiting), state, stats, rows, None, continues=continues, idle=True)
         self._token = token
         return updated._replace(n_rows=N)
 
@@ -119,15 +124,25 @@ class Accumulator:
 
     def _replay(self, embeddings: Any) -> Updated | None:
         """What `update` does, where a graph that has been captured does it all."""
-        config, (state, waiting) = self._config, self.standing
-        if not config.compile or config.uses_labels or config.cross_rank or config.strict:
+        config, (state, waiting, _) = self._config, self.standing
+        if (
+            self._is_due(continues=False)
+            or not config.compile
+            or config.uses_labels
+            or config.cross_rank
+            or config.strict
+        ):
             return None
         if state is None or waiting is not None or not self._graphs.take(embeddings):
             return None
         N = embeddings.shape[0]
         work = self._memory.lend(state.moments.covariance, N=N)
         step = self._graphs.replay(state, embeddings, None, work)
-        return None if step is None else self._commit(Start(state), step.state, step.stats, Rows(N), step.report)
+        return (
+            None
+            if step is None
+            else self._commit(Start(state), step.state, step.stats, Rows(N), step.report, continues=False)
+        )
 
     def _receive(self, embeddings: Any, labels: Any, problem: Exception | None) -> Batch:
         if problem is not None:
@@ -135,22 +150,26 @@ class Accumulator:
         return receive(self._config, embeddings, labels, D=self.standing.D or self._config.dim)
 
     def _update(self, own: Callable[[], Batch], *, continues: bool) -> Updated:
-        config, (state, waiting) = self._config, self.standing
+        config, (state, waiting, n_steps) = self._config, self.standing
         ranks = other_ranks(self._group) if config.cross_rank else None
         if ranks is None:
             return self._take(own(), None, continues=continues)
         n_waiting = None if waiting is None else len(waiting)
-        came = (self._origin, self._n_updates, n_waiting, continues)
+        came = (self._origin, self._n_updates, n_steps, n_waiting, continues)
         shared = digest(config.core, config.cross_rank == "reduce", config.seed, config.strict, *came)
         like = None if state is None or waiting is not None else state.moments.mean
         batch = exchange(config, own, ranks=ranks, digest=shared, like=like)
         with together():
-            return self._take(batch, ranks.peers if config.cross_rank == "reduce" else None, continues=continues)
+            return self._take(batch, ranks.total if config.cross_rank == "reduce" else None, continues=continues)
 
-    def _take(self, batch: Batch, peers: Peers | None, *, continues: bool) -> Updated:
-        start, early = self._start(batch.everyone), self._early if continues else []
+    def _take(self, batch: Batch, total: Total | None, *, continues: bool) -> Updated:
+        start, early = self._start(batch.everyone, continues=continues), self._early if continues else []
         step = self._captured(start.state, batch) if start.state is self.standing.state and not continues else None
-        state, stats, report = step or (*self._advance(start, batch, peers, continues=continues), None)
+        state, stats, report = step or (*self._advance(start, batch, total, continues=continues), None)
+        idle = _is_idle(stats, batch.n_rows)
+        if idle and start.n_relocated is not None:  # a batch that counts for nothing leaves the state
+            start = Start(to_device(cast(MixtureState, self.standing.state), batch.x.device))
+            state, stats = self._advance(start, batch, total, continues=continues)
         if self._config.strict and (n_ignored := int(stats.n_ignored)):
             N = int(batch.n_rows)
             raise ValueError(f"`strict` expects every row to be usable, got {ignored(n_ignored, N)}.")
@@ -159,7 +178,7 @@ class Accumulator:
         if start.waiting is not None:  # for its step's next part, by which the caller may have changed what is his
             own = batch._replace(x=batch.x.clone(), labels=None if batch.labels is None else batch.labels.clone())
             self._early = [*early, own]
-        updated = self._commit(start, state, stats, rows, report)
+        updated = self._commit(start, state, stats, rows, report, continues=continues, idle=idle)
         if updated.report is not None:
             updated.report.doubt(batch.doubts)
         return updated._replace(n_rows=batch.n_rows)
@@ -172,7 +191,7 @@ class Accumulator:
         return self._graphs.step(state, batch.x, batch.labels, work)
 
     def _advance(
-        self, start: Start, batch: Batch, peers: Peers | None, *, continues: bool
+        self, start: Start, batch: Batch, total: Total | None, *, continues: bool
     ) -> tuple[MixtureState, StepStats]:
         """One step; where it continues one that had to start anew, with that one's earlier batches before it."""
         early = self._early if continues and start.anew else []
@@ -183,28 +202,66 @@ class Accumulator:
                 counts: Tensor = last.rows.n_ignored + last.n_ignored < last.rows.N
                 further = counts if counts.is_cuda else bool(counts)  # for the CPU nobody waits
             work = self._memory.lend(state.moments.covariance, N=len(part.x))
-            if peers is None:
+            if total is None:
                 state, stats = advance(state, part.x, part.labels, continues=further, work=work)
             else:
-                state, stats = advance_share(state, part.x, part.labels, peers=peers, continues=further, work=work)
+                state, stats = advance_share(state, part.x, part.labels, total=total, continues=further, work=work)
         return state, stats
 
     def _commit(
-        self, start: Start, state: MixtureState, stats: StepStats, rows: Rows, report: Report | None
+        self,
+        start: Start,
+        state: MixtureState,
+        stats: StepStats,
+        rows: Rows,
+        report: Report | None,
+        *,
+        continues: bool,
+        idle: bool = False,
     ) -> Updated:
         """Makes the step the estimator's, and returns its statistics for the reader."""
-        shown = self._memory.hand_out(stats, rows, before=start.state.moments.covariance)
+        # Graphs are captured for two memories: what `move` has made is no third one.
+        old = start.state if start.n_relocated is None or self.standing.state is None else self.standing.state
+        shown = self._memory.hand_out(stats, rows, start.n_relocated, before=old.moments.covariance)
         if report is None and stats.moments.weight.is_cuda:
             report = Report.of(shown)
-        self.standing, self._last = Standing(state, start.waiting), shown
+        if not continues:
+            self._is_counted = False
+        if not self._is_scarcity_checked:
+            self._sizes[-1 if continues else len(self._sizes) :] = [rows.N]
+        counts = start.waiting is None and not idle and not self._is_counted
+        self._is_counted |= counts
+        self.standing, self._last = Standing(state, start.waiting, self.standing.n_steps + counts), shown
         self._n_updates += 1
         return Updated(shown, report, rows.N)
 
-    def _start(self, x: Tensor) -> Start:
+    def scarce_rows(self) -> int | None:
+        """Returns how many rows the first whole window had, once, if these are too few for K; otherwise None."""
+        if self._is_scarcity_checked or len(self._sizes) < self._config.window:
+            return None
+        whole = self._sizes if self._token is None else self._sizes[:-1]  # a step with a token may have further parts
+        whole = [N for N in whole if isinstance(N, Tensor) or N > 0]
+        if len(whole) < self._config.window:
+            return None
+        self._is_scarcity_checked, self._sizes = True, []
+        with may_wait():  # for a GPU, once, if ranks reduce
+            n_rows = int(sum(whole))
+        return n_rows if n_rows < SEEDING_ROWS * self._config.K else None
+
+    def _is_due(self, *, continues: bool) -> bool:
+        """Whether a step begins that is the first of a window, before which components may be moved."""
+        n_steps, begun = self.standing.n_steps, continues and self._is_counted
+        return self._config.relocates and not begun and n_steps > 0 and n_steps % self._config.window == 0
+
+    def _start(self, x: Tensor, *, continues: bool) -> Start:
         """What the step starts from, given the rows of all ranks."""
-        config, (state, waiting) = self._config, self.standing
+        config, (state, waiting, _) = self._config, self.standing
         if state is not None and waiting is None:
-            return Start(to_device(state, x.device))
+            state = to_device(state, x.device)
+            if not self._is_due(continues=continues):
+                return Start(state)
+            moved, n_relocated = move(state, lower=True)
+            return Start(moved, n_relocated=n_relocated)
         if state is None:
             announce(config.K, x.shape[1])
         if config.uses_labels:
@@ -218,6 +275,13 @@ class Accumulator:
             generator = torch.Generator(device="cpu").manual_seed(config.seed)
             state = mixture_core.init(config.core, rows, generator=generator)
         return Start(state, rows if len(rows) < SEEDING_ROWS * config.K else None, anew=True)
+
+
+def _is_idle(stats: StepStats, n_rows: int | Tensor) -> bool:
+    """Whether no row of a batch is usable; on a GPU, where nobody waits, only whether there is none."""
+    if stats.n_ignored.is_cuda:
+        return isinstance(n_rows, int) and n_rows == 0
+    return int(stats.n_ignored) == int(n_rows)
 
 
 def announce(K: int, D: int) -> None:
@@ -236,7 +300,7 @@ def ignored(count: int, N: int) -> str:
 
 
 def _digest_of(state: MixtureState | None) -> int:
-    parts = () if state is None else (state.moments.weight, state.moments.mean)
+    parts = () if state is None else (state.moments.weight, state.moments.mean, state.residual)
     return digest(*(part.cpu().numpy().tobytes() for part in parts))
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments
+from mixture_core.grouped import complete_, pack, unpack_
 
-VERSION = 2
+VERSION = 3
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
 
 
@@ -18,6 +19,7 @@ class Standing(NamedTuple):
 
     state: MixtureState | None = None  # None before the first update
     waiting: Tensor | None = None  # (n, D) rows until there are enough to start from, n < SEEDING_ROWS K; None where so
+    n_steps: int = 0  # since the start: components are moved every so many
 
     @property
     def D(self) -> int | None:
@@ -35,19 +37,19 @@ def to_state_dict(config: MixtureConfig, standing: Standing, *, dim: int | None)
         standing: What to keep.
         dim: D, where nothing has told it yet; None is 0 then.
     """
-    K, state, waiting = config.K, standing.state, standing.waiting
+    K, (state, waiting, n_steps) = config.K, standing
     if state is None:
         D = dim or 0
         weight = torch.zeros(K, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
-        moments = Moments(weight=weight, mean=weight.new_zeros(K, D), covariance=weight.new_zeros(K, D, D))
-    else:
-        moments = state.moments
+        empty = Moments(weight=weight, mean=weight.new_zeros(K, D), covariance=weight.new_zeros(K, D, D))
+        state = MixtureState(config=config, moments=empty)
+    moments = state.moments
     D = moments.mean.shape[1]
     rows = moments.mean.new_zeros(SEEDING_ROWS * K, D)
     n_waiting = 0 if waiting is None else len(waiting)
     if waiting is not None:
         rows[:n_waiting] = waiting
-    return {
+    values: dict[str, Tensor | int | str] = {
         "version": VERSION,
         "K": K,
         "D": D,
@@ -55,23 +57,30 @@ def to_state_dict(config: MixtureConfig, standing: Standing, *, dim: int | None)
         "assigner": config.assigner,
         "weight": moments.weight.clone(),
         "mean": moments.mean.clone(),
-        "covariance": moments.covariance.clone(),
-        "updated": int(state is not None),
-        "started": int(state is not None and waiting is None),
+        "residual": state.residual.clone(),
+        "covariance": pack(moments.covariance),
+        "n_steps": n_steps,
+        "updated": int(standing.state is not None),
+        "started": int(standing.state is not None and waiting is None),
         "n_waiting": n_waiting,
         "waiting": rows,
-        "checksum": checksum(moments),
     }
+    return values | {"checksum": checksum(values)}
 
 
-def checksum(moments: Moments) -> int:
-    """Returns a number by which parts of one mixture are told from those of others: CRC-32 of it but for covariances.
+def checksum(values: Mapping[str, Any]) -> int:
+    """Returns the CRC-32 of all values but the checksum itself, in the order of their keys.
 
-    Of those the diagonals count, since all would take long. A checkpoint that several ranks have written, each with a
-    mixture of its own, to the same place is noticed by it.
+    It tells parts of one mixture from those of others, as in a checkpoint that several ranks have written, each with a
+    mixture of its own, to the same place.
     """
-    parts = moments.weight, moments.mean, moments.covariance.diagonal(dim1=-2, dim2=-1)
-    return zlib.crc32(b"".join(part.detach().to("cpu", torch.float32).numpy().tobytes() for part in parts))
+    crc = 0
+    for key in sorted(set(values) - {"checksum"}):
+        value = values[key]
+        is_tensor = isinstance(value, Tensor)
+        content = value.detach().to("cpu", torch.float32).contiguous().numpy() if is_tensor else repr(value).encode()
+        crc = zlib.crc32(content, crc)
+    return crc
 
 
 def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: int | None) -> Standing:
@@ -89,10 +98,11 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
     wanted = to_state_dict(config, Standing(), dim=None)
-    if set(state_dict) != set(wanted):
+    old = state_dict.get("version") == 2
+    if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
         keys = ", ".join(map(str, state_dict))
         raise ValueError(f"The state_dict must have the keys {', '.join(wanted)}, got {keys}.")
-    for key in ("version", "K", "mode", "assigner"):
+    for key in ("version", "K", "mode", "assigner")[1 if old else 0 :]:
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
             raise ValueError(f"The state_dict must have {key} {wanted[key]!r}, got {_shown(state_dict[key])}.")
     K, rows = config.K, SEEDING_ROWS * config.K
@@ -101,22 +111,34 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     n_waiting = _count(state_dict, "n_waiting", at_most=rows - 1)
     if D is not None and came != D and (updated or came):
         raise ValueError(f"The state_dict must have D {D}, got {came}.")
-    moments = Moments(
-        weight=_tensor(state_dict, "weight", K),
-        mean=_tensor(state_dict, "mean", K, came),
-        covariance=_tensor(state_dict, "covariance", K, came, came),
-    )
+    weight, mean = _tensor(state_dict, "weight", K), _tensor(state_dict, "mean", K, came)
     waiting = _tensor(state_dict, "waiting", rows, came)
-    if _count(state_dict, "checksum", at_most=None) != checksum(moments):
+    if old:
+        covariance, residual, n_steps = _tensor(state_dict, "covariance", K, came, came), torch.zeros_like(mean), 0
+        expected = _checksum_2(weight, mean, covariance)
+    else:
+        packed = _tensor(state_dict, "covariance", K, came * (came + 1) // 2)
+        covariance = complete_(unpack_(packed, packed.new_zeros(K, came, came)))
+        residual, n_steps = _tensor(state_dict, "residual", K, came), _count(state_dict, "n_steps", at_most=None)
+        expected = checksum(state_dict)
+    if _count(state_dict, "checksum", at_most=None) != expected:
         raise ValueError(
-            "The state_dict must have weight, mean and covariance of one mixture, got parts that do not belong "
-            "together; where ranks have mixtures of their own, save each under a key of its own."
+            "The state_dict must hold the values of one mixture, got parts that do not belong together; if each rank "
+            "has a mixture of its own, save each under a key of its own."
         )
     if not updated:
         return Standing()
     if not came:
         raise ValueError("The state_dict must have D at least 1 after an update, got 0.")
-    return Standing(MixtureState(config=config, moments=moments), None if started else waiting[:n_waiting].clone())
+    moments = Moments(weight=weight, mean=mean, covariance=covariance)
+    state = MixtureState(config=config, moments=moments, residual=residual)
+    return Standing(state, None if started else waiting[:n_waiting].clone(), n_steps)
+
+
+def _checksum_2(weight: Tensor, mean: Tensor, covariance: Tensor) -> int:
+    """The checksum of version 2."""
+    parts = weight, mean, covariance.diagonal(dim1=-2, dim2=-1)
+    return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
 
 
 def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None) -> int:

@@ -14,7 +14,8 @@ from mixture_core.config import as_integer, boolean, boolean_or, integer, one_of
 # Options of the library that this document was first written for, and why they are not here.
 FOREIGN_KEYS = {
     "topR": "all K responsibilities are kept",
-    "pi_floor": "weights are never floored, and a dead component is moved (`revive_below`)",
+    "pi_floor": "weights are never floored, and a dead component is moved (`relocate`)",
+    "revive_below": "`relocate: false` is what 0 was, and any other value is the default",
     "K_subsample": "every row of a batch counts",
 }
 

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixture_core.peers import Peers
-
 MESSAGE = 1000  # bytes of an error that other ranks are told
 ERRORS = (ValueError, TypeError, MemoryError, OSError, Exception)
 
@@ -41,11 +39,6 @@ class Ranks:
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
         if self.rank < 0:
             raise ValueError("`process_group` must hold this process where `cross_rank` is on, got one without it.")
-
-    @property
-    def peers(self) -> Peers:
-        """What the mathematics has to know of the ranks."""
-        return Peers(total=self._total, rank=self.rank, world=self.world)
 
     @cached_property
     def device(self) -> torch.device:
@@ -115,7 +108,8 @@ class Ranks:
         dist.all_gather(of_all, tensor, group=self._group)
         return of_all
 
-    def _total(self, tensor: Tensor) -> Tensor:
+    def total(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of a tensor over all ranks, the same to the bit on each."""
         whole = tensor.to(self.device, copy=True).contiguous()
         dist.all_reduce(whole, group=self._group)
         return whole.to(tensor.device)

@@ -16,7 +16,7 @@ from mixture_core import MixtureState
 from mixture_core.grouped import complete_
 from mixture_torch.accumulator import Accumulator, Updated, ignored, to_device
 from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
-from mixture_torch.checkpoint import Standing, from_state_dict, to_state_dict
+from mixture_torch.checkpoint import SEEDING_ROWS, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step
 from mixture_torch.distributed import text_of
@@ -41,7 +41,7 @@ class MixtureStats:
         assigner: `kmeans_online`: each row belongs to its nearest mean; `label_supervised`: to its label.
         mode: `ema`: statistics over an exponential window; `per_batch`: of each batch alone; `label_supervised`: of
             each batch alone, by labels.
-        ema_decay: What a step leaves of the weight of earlier samples, in (0, 1).
+        ema_decay: Factor by which the weight of earlier samples is multiplied each step, in (0, 1).
         enabled: False makes every method do nothing.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
         cross_rank: Whether the mixture is that of the embeddings of all ranks: `gather`, or true, has every rank gather
@@ -52,7 +52,7 @@ class MixtureStats:
         max_assign_iters: Lloyd iterations per step.
         seed: Of the estimator's own random numbers.
         strict: Raise where rows would be ignored, where the disk fails, and where memory runs out.
-        revive_below: Share, times K, under which a component counts as dead and is moved; 0 turns that off.
+        relocate: Move wasted components to where the mixture fits worst, once a window, with k-means in `mode: ema`.
         compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a fraction of the host's time. Not where
             `strict` has to wait anyway.
         dim: D, where it is known beforehand: `state_dict` then has its final shapes before the first update, as those
@@ -80,7 +80,7 @@ class MixtureStats:
         max_assign_iters: int = DEFAULTS.max_assign_iters,
         seed: int = DEFAULTS.seed,
         strict: bool = DEFAULTS.strict,
-        revive_below: float = DEFAULTS.revive_below,
+        relocate: bool = DEFAULTS.relocate,
         compile: bool = DEFAULTS.compile,
         dim: int | None = DEFAULTS.dim,
         process_group: Any = None,
@@ -97,7 +97,7 @@ class MixtureStats:
             max_assign_iters=max_assign_iters,
             seed=seed,
             strict=strict,
-            revive_below=revive_below,
+            relocate=relocate,
             compile=compile,
             dim=dim,
         )
@@ -205,7 +205,14 @@ class MixtureStats:
             return self._skip(embeddings, step, error)
         if updated.report is None:
             self._warn_of_ignored(int(updated.stats.n_ignored), int(updated.n_rows), stacklevel=CALLER)
-        return self._show(updated)
+        stats = self._show(updated)
+        if (n_rows := self._accumulator.scarce_rows()) is not None:
+            warnings.warn(
+                f"K={self._config.K} is too large for the {n_rows} rows of a window ({self._config.window} steps): it "
+                f"needs {SEEDING_ROWS * self._config.K}. Use a smaller K, larger batches or a longer window.",
+                stacklevel=CALLER,
+            )
+        return stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
@@ -265,8 +272,8 @@ class MixtureStats:
         Args:
             dim: D, for the shapes before the first update; None is the estimator's `dim`, and 0 without it.
         """
-        standing = self._accumulator.standing
-        return to_state_dict(self._config.core, Standing(self.state, standing.waiting), dim=dim or self._config.dim)
+        with full_float32(None):
+            return to_state_dict(self._config.core, self._accumulator.standing, dim=dim or self._config.dim)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a state_dict.

@@ -31,7 +31,7 @@ class _Results:
     """The results of one replay, in the graph's memory until they are read or the graph is to run again.
 
     Args:
-        memory: float32: the counts of ignored and revived as the halves of int64, weight, mean, R.
+        memory: float32: the count of ignored rows as the halves of an int64, weight, mean, R.
         N: Rows of the batch.
         K: Number of components.
     """
@@ -45,11 +45,10 @@ class _Results:
         if self._parts is None:
             with full_float32(self._memory):
                 N, K = self._N, self._K
-                rest = len(self._memory) - 4 - K - N * K
-                counts, weight, mean, R = self._memory.clone().split_with_sizes([4, K, rest, N * K])
-                n_ignored, n_revived = counts.view(torch.int64).unbind()
+                rest = len(self._memory) - 2 - K - N * K
+                count, weight, mean, R = self._memory.clone().split_with_sizes([2, K, rest, N * K])
             self._parts = {"weight": weight, "mean": mean.view(K, -1), "R": R.view(N, K)}
-            self._parts |= {"n_ignored": n_ignored, "n_revived": n_revived}
+            self._parts["n_ignored"] = count.view(torch.int64)[0]
         return self._parts
 
 
@@ -85,7 +84,7 @@ class Graphs:
     def __init__(self, config: MixtureConfig) -> None:
         self._config = config
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
-        self._memories: dict[int, Moments] = {}  # by address of the covariance
+        self._memories: dict[int, MixtureState] = {}  # by address of the covariance
         self._inputs: dict[int, tuple[Tensor, Tensor | None]] = {}  # by size of batch: embeddings and labels
         self._pool: Any = None  # of memory, which all graphs share, since one runs at a time
         self._warm: set[int] = set()  # sizes that have run without a graph, which compiles the kernels
@@ -141,9 +140,8 @@ class Graphs:
         if graph is None:
             return None
         before = self._memories[state.moments.covariance.data_ptr()]
-        if state.moments is not before:
-            before.weight.copy_(state.moments.weight)
-            before.mean.copy_(state.moments.mean)
+        if state is not before:
+            _copy(state, before)
         if (reader := graph.reader()) is not None:
             reader.read()
         graph.x.copy_(x.detach())
@@ -157,13 +155,13 @@ class Graphs:
     def _key(state: MixtureState, N: int, work: Workspace) -> tuple[int, int, int]:
         return N, state.moments.covariance.data_ptr(), work.covariance.data_ptr()
 
-    def _memory(self, covariance: Tensor) -> Moments:
-        """The moments in fixed memory that a covariance belongs to."""
+    def _memory(self, covariance: Tensor) -> MixtureState:
+        """The state in fixed memory that a covariance belongs to."""
         address = covariance.data_ptr()
         if address not in self._memories:
             K, D, _ = covariance.shape
-            weight, mean = covariance.new_empty(K), covariance.new_empty(K, D)
-            self._memories[address] = Moments(weight=weight, mean=mean, covariance=covariance)
+            moments = Moments(weight=covariance.new_empty(K), mean=covariance.new_empty(K, D), covariance=covariance)
+            self._memories[address] = MixtureState(config=self._config, moments=moments)
         return self._memories[address]
 
     def _capture(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> None:
@@ -178,21 +176,26 @@ class Graphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Other threads, such as those that pin memory for data loaders, go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            new, stats = advance(MixtureState(config=self._config, moments=before), x, labels, work=work)
+            new, stats = advance(before, x, labels, work=work)
             m = new.moments
-            after.weight.copy_(m.weight)
-            after.mean.copy_(m.mean)
+            _copy(new, after)
             numbers.copy_(numbers_of(stats), non_blocking=True)
-            counts = torch.stack([stats.n_ignored, stats.n_revived]).view(torch.float32)
-            results = torch.cat([counts, m.weight, m.mean.flatten(), stats.R.flatten()])
-        new = MixtureState(config=self._config, moments=after)
+            count = stats.n_ignored[None].view(torch.float32)
+            results = torch.cat([count, m.weight, m.mean.flatten(), stats.R.flatten()])
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has not annotated it
-        self._graphs[key] = _Graph(graph, x, labels, new, results, numbers, arrived, lambda: None)
+        self._graphs[key] = _Graph(graph, x, labels, after, results, numbers, arrived, lambda: None)
 
     def _step(self, graph: _Graph, N: int) -> Step:
         results = _Results(graph.results, N=N, K=self._config.K)
         graph.reader = weakref.ref(results)
         part: Any = partial(_Part, results)
         moments = Moments(weight=part("weight"), mean=part("mean"), covariance=graph.state.moments.covariance)
-        stats = StepStats(moments=moments, R=part("R"), n_ignored=part("n_ignored"), n_revived=part("n_revived"))
+        stats = StepStats(moments=moments, R=part("R"), n_ignored=part("n_ignored"))
         return Step(graph.state, stats, Report(graph.numbers, K=self._config.K, arrived=graph.arrived))
+
+
+def _copy(source: MixtureState, target: MixtureState) -> None:
+    """Writes all of a state but its covariance to the memory of another."""
+    target.moments.weight.copy_(source.moments.weight)
+    target.moments.mean.copy_(source.moments.mean)
+    target.residual.copy_(source.residual)

@@ -1,8 +1,11 @@
 """Where a step's results live: in memory that takes turns; and what is handed out of it, copied when it is read."""
 
 import weakref
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -22,7 +25,7 @@ class Later(Protocol):
 class _Read:
     """A field of a record that holds a tensor or what it will be read from."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, record: Any, owner: type | None = None) -> Any:
@@ -60,20 +63,21 @@ class Triangle:
 
 
 class Own:
-    """A tensor of the state, copied when it is read.
+    """A tensor of the reader's own, made when it is first read.
 
     Args:
-        tensor: It, which nobody writes to.
+        make: Makes it.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._copied = tensor, False
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._tensor: Tensor | None = None
 
     def read(self) -> Tensor:
-        """Returns the copy, always the same."""
-        if not self._copied:
-            with full_float32(self._tensor):
-                self._tensor, self._copied = self._tensor.clone(), True
+        """Returns it, always the same."""
+        if self._tensor is None:
+            with full_float32(None):
+                self._tensor = self._make()
         return self._tensor
 
 
@@ -81,9 +85,9 @@ class Own:
 class ExactMoments(Moments):
     """Moments that are derived in full float32 whatever context they are read in."""
 
-    weight = _Read()
-    mean = _Read()
-    covariance = _Read()
+    weight = _Read("weight")
+    mean = _Read("mean")
+    covariance = _Read("covariance")
 
     @property
     def B(self) -> Tensor:
@@ -116,13 +120,18 @@ class Rows(NamedTuple):
 
 
 @pytree
+@attrs.frozen(eq=False, kw_only=True, repr=False, slots=False, getstate_setstate=True)
 class ExactStats(StepStats):
     """Statistics whose moments are exact."""
 
-    R = _Read()
-    n_ignored = _Read()
-    n_revived = _Read()
-    rows: Rows  # not one of the statistics, and gone in what `tree_map` makes of them
+    n_relocated: Tensor  # () int64: components that were moved just before this step
+    rows: ClassVar[Rows]  # not one of the statistics, and gone in what `tree_map` makes of them
+
+    KEYS: ClassVar[tuple[str, ...]] = (*StepStats.KEYS, "n_relocated")
+
+
+for _name in ("R", "n_ignored", "n_relocated"):
+    setattr(ExactStats, _name, _Read(_name))
 
 
 class Memory:
@@ -149,24 +158,27 @@ class Memory:
             self._rows = rows = Workspace.rows_for(like, N=N)
         return Workspace(spare, rows)
 
-    def hand_out(self, stats: StepStats, rows: Rows, *, before: Tensor) -> ExactStats:
+    def hand_out(self, stats: StepStats, rows: Rows, n_relocated: Tensor | None, *, before: Tensor) -> ExactStats:
         """Returns the statistics for a reader.
 
         Args:
             stats: Of the step; of their covariance only the lower triangle is right, and the rest may come `Later`.
             rows: Of the step.
+            n_relocated: Components that were moved before the step, (); None is 0.
             before: The covariances that the step came from, whose memory is for the next step.
         """
         m = stats.moments
         triangle: Any = Triangle(m.covariance)
         # So that what readers do to it does not reach the state; what comes later is a copy already.
-        weight, mean = (Own(value) if isinstance(value, Tensor) else value for value in (m.weight, m.mean))
+        weight, mean = (Own(value.clone) if isinstance(value, Tensor) else value for value in (m.weight, m.mean))
         self._spare = before
         self._readers = {
             id(memory): self._readers.get(id(memory), weakref.WeakSet()) for memory in (before, m.covariance)
         }
         self._readers[id(m.covariance)].add(triangle)
         moments = ExactMoments(weight=cast(Tensor, weight), mean=cast(Tensor, mean), covariance=triangle)
-        shown = ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_revived=stats.n_revived)
+        none: Any = Own(partial(torch.zeros, (), dtype=torch.int64, device=m.covariance.device))
+        moved = none if n_relocated is None else n_relocated
+        shown = ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_relocated=moved)
         object.__setattr__(shown, "rows", rows)
         return shown

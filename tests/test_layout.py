@@ -12,13 +12,14 @@ CORE, WRAPPER = ROOT / "mixture_core", ROOT / "mixture_torch"
 
 # From bottom to top: a module imports from lower rows only.
 CORE_ROWS = [
-    ("config", "pytrees", "inputs", "grouped", "peers"),
+    ("config", "pytrees", "inputs"),
     ("kernels",),
     ("moments",),
-    ("scatter", "revive", "stats"),
+    ("grouped",),
+    ("scatter", "stats"),
     ("assign",),
     ("step",),
-    ("shares",),
+    ("shares", "relocate"),
     ("__init__",),
     ("testing",),
 ]

@@ -39,7 +39,7 @@ def steps(config: MixtureConfig, *batches: tuple[Tensor, Tensor]) -> tuple[Mixtu
 @pytest.mark.parametrize(("N", "D", "K"), SHAPES)
 def test_steps_of_any_shape_equal_the_oracle(N: int, D: int, K: int, mode: dict[str, str]) -> None:
     x, labels, _ = gaussians(0, N=N + 8, D=D, K=K)
-    config = MixtureConfig(K=K, revive_below=0, **mode)
+    config = MixtureConfig(K=K, **mode)
     state, stats, expected = steps(config, (x[:N], labels[:N]), (x[N:], labels[N:]), (0.9 * x[N:], labels[N:]))
     assert stats.R.shape == (8, K)
     assert_moments_close(state.moments, expected.moments, FLOAT32, scale=14.0)
@@ -78,7 +78,7 @@ def test_single_component_has_nothing_between() -> None:
 def test_steps_of_extreme_scale_equal_the_oracle(scale: float, mode: dict[str, str]) -> None:
     x, labels, _ = gaussians(0, N=60, D=5, K=4)
     x = x * scale
-    config = MixtureConfig(K=4, revive_below=0, **mode)
+    config = MixtureConfig(K=4, **mode)
     _, stats, expected = steps(config, (x[:30], labels[:30]), (x[30:], labels[30:]))
     for name, value in oracle_derived(expected.moments).items():
         assert relative_error(stats[name], value) <= FLOAT32, name
@@ -115,7 +115,7 @@ def test_rows_just_small_enough_to_square_give_finite_statistics(value: float) -
 
 def test_weights_of_very_long_runs_stay_finite() -> None:
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
-    config = MixtureConfig(K=2, ema_decay=0.999999, revive_below=0)
+    config = MixtureConfig(K=2, ema_decay=0.999999)
     state, _ = step(init(config, x), x)
     heavy = Moments(weight=torch.tensor([1e30, 3e37]), mean=state.moments.mean, covariance=state.moments.covariance)
     _, stats = step(MixtureState(config=config, moments=heavy), x)

@@ -95,7 +95,7 @@ def test_class_that_returns_after_its_weight_was_lost_is_that_of_its_new_rows() 
 def test_total_is_within_plus_between_after_any_number_of_steps(steps: int, offset: float) -> None:
     x, _, means = gaussians(3, N=64, D=5, K=4)
     x, means = x + offset, means + offset
-    state = init(MixtureConfig(K=4, revive_below=0), x)
+    state = init(MixtureConfig(K=4), x)
     single = init(MixtureConfig(K=1, assigner="label_supervised"), x)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):

@@ -17,7 +17,7 @@ BAD = 5  # the row that holds a NaN
 FINITE_DIFFERENCES = 1e-7
 WIDTH = 1e-5
 SUPERVISED = MixtureConfig(K=K, assigner="label_supervised")
-CONFIGS = [MixtureConfig(K=K), MixtureConfig(K=K, mode="per_batch"), MixtureConfig(K=K, revive_below=0), SUPERVISED]
+CONFIGS = [MixtureConfig(K=K), MixtureConfig(K=K, mode="per_batch"), SUPERVISED]
 
 
 def problem(config: MixtureConfig) -> tuple[MixtureState, Tensor, Tensor]:
@@ -25,11 +25,10 @@ def problem(config: MixtureConfig) -> tuple[MixtureState, Tensor, Tensor]:
     x, labels, means = gaussians(0, N=2 * N, D=D, K=K - 1)
     x, means = x.double(), torch.cat([means, torch.full((1, D), 1e4)]).double()
     moments = Moments(weight=torch.zeros(K).double(), mean=means, covariance=torch.zeros(K, D, D, dtype=torch.float64))
-    no_revival = MixtureConfig(K=K, assigner=config.assigner, mode=config.mode, revive_below=0)
-    state, _ = step(MixtureState(config=no_revival, moments=moments), x[:N], labels[:N])
+    state, _ = step(MixtureState(config=config, moments=moments), x[:N], labels[:N])
     x, labels = x[N:], labels[N:]
     x[BAD, 1] = float("nan")
-    return MixtureState(config=config, moments=state.moments), x, labels
+    return state, x, labels
 
 
 def reading(state: MixtureState, labels: Tensor, name: str) -> Callable[[Tensor], Tensor]:

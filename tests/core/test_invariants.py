@@ -17,7 +17,7 @@ def run(means: Tensor, *batches: Tensor) -> StepStats:
     """Statistics after steps from given centroids, which nothing but Lloyd moves."""
     K, D = means.shape
     moments = Moments(weight=torch.zeros(K), mean=means, covariance=torch.zeros(K, D, D))
-    state = MixtureState(config=MixtureConfig(K=K, revive_below=0), moments=moments)
+    state = MixtureState(config=MixtureConfig(K=K), moments=moments)
     for x in batches:
         state, stats = step(state, x)
     return stats

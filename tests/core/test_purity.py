@@ -117,7 +117,7 @@ def test_default_dtype_does_not_matter(options: dict[str, str], default: torch.d
 def test_default_dtype_does_not_matter_to_large_batches(default: torch.dtype) -> None:
     # Counts of rows beyond 2048 are no float16 numbers, beyond 65504 not even finite ones.
     x = torch.randn(70_000, 2, generator=torch.Generator().manual_seed(0))
-    state, _ = step(init(MixtureConfig(K=4, revive_below=0.9), x), x)
+    state, _ = step(init(MixtureConfig(K=4), x), x)
     state.moments.mean[0], state.moments.weight[0] = 1e6, 0.0
     expected = step(state, x)[0].moments
     torch.set_default_dtype(default)

@@ -11,10 +11,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init, step
-from mixture_core.stats import KEYS
 from tests.core.common import gaussians
 
-NAMES = ["pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "n_revived"]
+NAMES = ["pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored"]
 
 
 @pytest.fixture(name="records")
@@ -108,7 +107,7 @@ def test_config_belongs_to_the_structure_of_a_state(records: Any) -> None:
 
 def test_leaves_have_names(records: Any) -> None:
     paths = [torch.utils._pytree.keystr(path) for path, _ in tree_flatten_with_path(records[0])[0]]
-    assert paths == [".moments.weight", ".moments.mean", ".moments.covariance"]
+    assert paths == [".moments.weight", ".moments.mean", ".moments.covariance", ".residual"]
 
 
 def test_states_move_between_types_as_trees(records: Any) -> None:
@@ -119,7 +118,7 @@ def test_states_move_between_types_as_trees(records: Any) -> None:
 
 
 def test_stats_are_no_leaf_and_no_dictionary_to_trees(stats: StepStats) -> None:
-    assert len(tree_leaves(stats)) == 6  # weight, mean, covariance, R, n_ignored, n_revived
+    assert len(tree_leaves(stats)) == 5  # weight, mean, covariance, R, n_ignored
 
 
 # The mapping
@@ -127,7 +126,7 @@ def test_stats_are_no_leaf_and_no_dictionary_to_trees(stats: StepStats) -> None:
 
 def test_stats_are_a_mapping_of_all_statistics(stats: StepStats) -> None:
     assert isinstance(stats, Mapping)
-    assert list(stats) == list(KEYS) == NAMES
+    assert list(stats) == list(StepStats.KEYS) == NAMES
     assert len(stats) == len(NAMES)
     assert bool(stats)
 
@@ -169,10 +168,9 @@ def test_stats_have_the_shapes_and_types_of_the_document(stats: StepStats) -> No
         "opnorm_B": (),
         "participation_ratio": (),
         "n_ignored": (),
-        "n_revived": (),
     }
     integers = {name for name, value in stats.items() if value.dtype == torch.int64}
-    assert integers == {"n_ignored", "n_revived"}
+    assert integers == {"n_ignored"}
     assert all(value.dtype == torch.float32 for name, value in stats.items() if name not in integers)
 
 

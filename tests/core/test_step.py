@@ -46,15 +46,14 @@ def test_step_from_any_state_equals_the_oracle(state: MixtureState, x: Tensor, d
     expected, expected_stats = oracle_step(state, x, given_labels)
     assert torch.equal(stats.R, expected_stats.R)
     assert stats.n_ignored == expected_stats.n_ignored
-    if not stats.n_revived:  # the oracle moves no dead component
-        assert_moments_close(new.moments, expected.moments, FLOAT64)
+    assert_moments_close(new.moments, expected.moments, FLOAT64)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @given(mixture=mixtures(N=30, K=(2, 5)))
 def test_step_after_step_equals_the_oracle(mode: dict[str, str], mixture: Mixture) -> None:
     x, own, means = mixture
-    state = expected = init(MixtureConfig(K=means.shape[0], revive_below=0, **mode), x[:10])
+    state = expected = init(MixtureConfig(K=means.shape[0], **mode), x[:10])
     for rows in (slice(0, 10), slice(10, 12), slice(12, 30)):
         state, stats = step(state, x[rows], own[rows])
         expected, expected_stats = oracle_step(expected, x[rows], own[rows])
@@ -74,7 +73,7 @@ def test_steps_of_unit_norm_rows_of_small_spread_equal_the_oracle(mixture: Mixtu
 
 def assert_statistics_like_oracle(mixture: Mixture) -> None:
     x, _, means = mixture
-    state = expected = init(MixtureConfig(K=means.shape[0], revive_below=0), x)
+    state = expected = init(MixtureConfig(K=means.shape[0]), x)
     for rows in (x, x[::2], x[1::3]):
         state, stats = step(state, rows)
         expected, expected_stats = oracle_step(expected, rows)
@@ -89,7 +88,7 @@ def assert_statistics_like_oracle(mixture: Mixture) -> None:
 @given(mixtures(K=(2, 5)), st.sampled_from(MODES))
 def test_first_step_reads_the_batch_alone(mixture: Mixture, mode: dict[str, str]) -> None:
     x, own, means = mixture
-    _, stats = step(init(MixtureConfig(K=means.shape[0], revive_below=0, **mode), x), x, own)
+    _, stats = step(init(MixtureConfig(K=means.shape[0], **mode), x), x, own)
     batch = batch_moments(x, stats.R)
     occupied = batch.weight > 0
     assert torch.equal(stats.moments.weight, batch.weight)
@@ -164,7 +163,7 @@ def test_batch_without_a_usable_row_leaves_the_state(mode: dict[str, str], batch
     new, stats = step(state, batch, torch.zeros(batch.shape[0], dtype=torch.int64))
     assert_same_bits(new.moments, state.moments)
     assert_same_bits(stats.moments, state.moments)
-    assert (int(stats.n_ignored), int(stats.n_revived)) == (batch.shape[0], 0)
+    assert int(stats.n_ignored) == batch.shape[0]
     assert torch.equal(stats.R, torch.zeros(batch.shape[0], 4))
 
 
@@ -180,7 +179,6 @@ def test_bad_rows_count_for_nothing_but_n_ignored(mode: dict[str, str], data: st
     assert stats.n_ignored == (~usable).sum()
     assert torch.equal(stats.R[usable], expected_stats.R)
     assert not stats.R[~usable].any()
-    assert stats.n_revived == expected_stats.n_revived
     assert_moments_close(new.moments, expected.moments, FLOAT32, scale=10.0)
 
 

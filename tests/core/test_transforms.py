@@ -16,7 +16,6 @@ from tests.tolerances import FLOAT32, relative_error
 K, N, D = 5, 40, 3
 CONFIGS = [
     MixtureConfig(K=K),
-    MixtureConfig(K=K, revive_below=0),
     MixtureConfig(K=K, mode="per_batch", max_assign_iters=1),
     MixtureConfig(K=K, assigner="label_supervised"),
     MixtureConfig(K=K, mode="label_supervised"),
@@ -38,7 +37,7 @@ def batch(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
 
 
 def warm(config: MixtureConfig, seed: int) -> MixtureState:
-    """A state after two steps, whose last component is empty and far away: the next step of k-means moves it."""
+    """A state after two steps, whose last component is empty and far away."""
     state = init(config, batch(seed)[0])
     for later in (1, 2):
         state, _ = step(state, *batch(seed + later))
@@ -53,7 +52,7 @@ def assert_results_close(actual: tuple[MixtureState, StepStats], expected: tuple
     (state, stats), (expected_state, expected_stats) = actual, expected
     assert state.config == expected_state.config
     assert_moments_close(state.moments, expected_state.moments, FLOAT32)
-    for name in ("R", "n_ignored", "n_revived"):
+    for name in ("R", "n_ignored"):
         assert torch.equal(stats[name], expected_stats[name]), name
     for name in DERIVED:
         assert relative_error(stats[name], expected_stats[name]) <= FLOAT32, name
@@ -151,7 +150,7 @@ def test_compiled_steps_of_ever_new_sizes_are_few_graphs() -> None:
     assert_results_close((state, stats), (expected, expected_stats))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4]])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
 def test_compiled_vmap_equals_a_loop(config: MixtureConfig) -> None:
     states, batches = [warm(config, seed) for seed in range(3)], [batch(10 + seed) for seed in range(3)]
     compiled = torch.compile(vmap(step), fullgraph=True, backend="aot_eager")

@@ -59,7 +59,7 @@ def draw_world(rng: np.random.Generator) -> World:
         "mode": pick(rng, ("ema", "ema", "per_batch", "label_supervised")),
         "ema_decay": pick(rng, (0.5, 0.9, 0.95, 0.99)),
         "max_assign_iters": pick(rng, (1, 2, 3)),
-        "revive_below": pick(rng, (0.0, 0.01, 0.3)),
+        "relocate": chance(rng, 0.7),
         "strict": chance(rng, 0.2),
         "seed": int(rng.integers(100)),
         "dim": pick(rng, (None, D)),

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mixture_core
-from mixture_core import Moments
+from mixture_core import MixtureState, Moments
 from mixture_core.testing import oracle_batch_moments, oracle_derived, oracle_merge
 from mixture_torch import MixtureStats
 from tests.tolerances import FLOAT32
@@ -34,7 +35,9 @@ class Reference:
         self.waiting: list[Tensor] | None = None if self.config.uses_labels else []  # None once it has started
         self.token: Any = None
         self.parts: list[Tensor] = []  # R of the calls of the step under way
-        self.followed = {"updates": 0, "assignments checked": 0, "near ties": 0, "revivals": 0, "resyncs": 0}
+        self.before: MixtureState | None = None  # the estimator's state, from which components are moved
+        self.n_steps = 0  # since it has started
+        self.followed = {"updates": 0, "assignments checked": 0, "near ties": 0, "moves": 0, "resyncs": 0}
 
     def kept(self) -> "Reference":
         """What a state_dict keeps of it."""
@@ -62,6 +65,9 @@ class Reference:
         assert int(stats["n_ignored"]) == int((~usable).sum()), "n_ignored counts the rows that are ignored"
         continues = token is not None and token == self.token and self.moments is not None
         earlier = self.parts if continues else []
+        if n_relocated := int(stats["n_relocated"]):
+            assert not continues, "nothing is moved within a step"
+            self.follow_move(n_relocated)
         moments, anew = self.start(x[usable])
         if anew and any(R_.any() for R_ in earlier):
             self.resync(sum(float(R_.sum()) for R_ in [*earlier, R]))
@@ -74,9 +80,10 @@ class Reference:
             if len(rows) and not any(R_.any() for R_ in earlier):
                 moments = self.history(moments)
             self.moments = oracle_merge(moments, oracle_batch_moments(rows, members))
-            if int(stats["n_revived"]):
-                self.follow_revival(first=not any(R_.any() for R_ in earlier))
         self.token, self.parts = token, [*earlier, R]
+        self.before = self.wrapper.state
+        if self.waiting is None:
+            self.n_steps += not (continues and self.n_steps)
         self.followed["updates"] += 1
 
     def start(self, rows: Tensor) -> tuple[Moments, bool]:
@@ -121,31 +128,31 @@ class Reference:
         assert not len(rows) or float(excess.max()) <= 0, "a row belongs to its nearest centroid"
         self.followed["assignments checked"] += 1
 
-    def follow_revival(self, *, first: bool) -> None:
-        """Moves the component that the estimator has moved, which has to be dead."""
-        m, state = self.moments, self.wrapper.state
-        assert m is not None
-        assert state is not None
-        assert self.config.revives, "nothing is revived where that is off"
-        assert first, "nothing is revived in a part of a step behind one that counts"
-        moved = state.moments.weight == 0
-        limit = float(m.weight.sum()) * self.config.revive_below / self.config.K
-        assert bool(moved.any()), "what is moved has weight 0"
-        assert float(m.weight[moved].max()) <= 1.001 * limit, "what is moved was dead"
-        self.moments = Moments(
-            weight=torch.where(moved, 0.0, m.weight),
-            mean=torch.where(moved[:, None], state.moments.mean.double(), m.mean),
-            covariance=torch.where(moved[:, None, None], 0.0, m.covariance),
-        )
-        self.followed["revivals"] += 1
+    def follow_move(self, n_relocated: int) -> None:
+        """Moves components as the estimator has, which has to be due and to leave the whole as it was."""
+        assert self.config.relocates, "nothing is moved if that is off"
+        assert self.n_steps % self.config.window == 0, "components are moved once a window"
+        assert self.before is not None
+        assert self.moments is not None
+        state, n = mixture_core.relocate(self.before)
+        assert int(n) == n_relocated, "the state alone says what is moved"
+        m = self.moments
+        self.moments = _double(state.moments)
+        alive = m.weight >= 0.01 / self.config.K * m.weight.sum() * (1 + FLOAT32)
+        kept = m if alive.all() else Moments(weight=m.weight * alive, mean=m.mean, covariance=m.covariance)
+        whole, wanted = oracle_derived(_whole(self.moments)), oracle_derived(_whole(kept))
+        for key, unit in (("mu", self.unit), ("Sigma", self.unit**2)):
+            error = float((whole[key] - wanted[key]).abs().max())
+            assert error <= FLOAT32 * max(float(wanted[key].abs().max()), unit), f"a move leaves {key} of all"
+        self.followed["moves"] += n_relocated
 
     def resync(self, weight: float) -> None:
         """Goes on from the estimator's state: calls of a step before the start count once more, with an R unknown."""
         state = self.wrapper.state
         assert state is not None
         m = state.moments
-        assert self.config.revives or float(m.weight.sum()) == weight, "all usable rows of the step count"
-        self.moments = Moments(weight=m.weight.double(), mean=m.mean.double(), covariance=m.covariance.double())
+        assert float(m.weight.sum()) == weight, "all usable rows of the step count"
+        self.moments = _double(m)
         self.followed["resyncs"] += 1
 
     def expected(self) -> dict[str, Tensor]:
@@ -174,3 +181,17 @@ def squared_distances(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances, (N, K), and how far float32 may be off."""
     sizes = rows.norm(dim=1)[:, None] + centroids.norm(dim=1)
     return (rows[:, None] - centroids).square().sum(dim=2), SLACK * sizes.square() + SMALLEST
+
+
+def _double(m: Moments) -> Moments:
+    return Moments(weight=m.weight.double(), mean=m.mean.double(), covariance=m.covariance.double())
+
+
+def _whole(m: Moments) -> Moments:
+    """All components as one."""
+    parts = [
+        Moments(weight=m.weight[k : k + 1], mean=m.mean[k : k + 1], covariance=m.covariance[k : k + 1])
+        for k in range(len(m.weight))
+        if m.weight[k] > 0
+    ]
+    return reduce(oracle_merge, parts)

@@ -66,12 +66,12 @@ def unseen(here: Here, what: str) -> list[dict[str, Any]]:
     """A fault of rank 1, or a state_dict that it has loaded alone, where ranks reduce and do not wait for entries."""
     commit = Accumulator._commit
 
-    def with_report(*arguments: Any) -> Updated:
-        updated = commit(*arguments)
+    def with_report(*arguments: Any, **options: Any) -> Updated:
+        updated = commit(*arguments, **options)
         return updated._replace(report=Report.of(updated.stats))
 
     with patch.object(Ranks, "on_gpu", True), patch.object(Accumulator, "_commit", with_report):
-        wrapper = estimator(cross_rank="reduce", revive_below=0)
+        wrapper = estimator(cross_rank="reduce")
         steps = [attempt(wrapper, *shares(step)[here.rank]) for step in range(2)]
         if what == "loaded" and here.rank == 1:
             wrapper.load_state_dict(wrapper.state_dict())

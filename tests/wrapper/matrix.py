@@ -35,7 +35,7 @@ def _parts(*sizes: int, steps: str | None = None, without: bool = False) -> list
 
 def _dead() -> list[Part]:
     """The third component loses its rows, and a window this short forgets it at once."""
-    first, *others = _parts(60, 60, 60, 60)
+    first, *others = _parts(60, 60, 60, 60, 60)
     return [first, *(Part(x[labels < 2], labels[labels < 2]) for x, labels, *_ in others)]
 
 

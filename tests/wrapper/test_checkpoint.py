@@ -151,7 +151,7 @@ def test_state_stays_float32_whatever_is_loaded() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda d: d | {"version": 99}, "version 2, got 99"),
+    "version": (lambda d: d | {"version": 99}, "version 3, got 99"),
     "K": (lambda d: d | {"K": 5}, "K 3, got 5"),
     "mode": (lambda d: d | {"mode": "per_batch"}, "mode 'ema', got 'per_batch'"),
     "assigner": (lambda d: d | {"assigner": "label_supervised"}, "'kmeans_online', got 'label_supervised'"),
@@ -236,7 +236,8 @@ def test_state_dict_has_the_same_shapes_before_and_after(updates: int, dim: int 
     state_dict = run(estimator(), range(updates)).state_dict(dim=dim)
     D = 0 if updates == 0 and dim is None else 4
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, Tensor)}
-    assert shapes == {"weight": (3,), "mean": (3, D), "covariance": (3, D, D), "waiting": (12, D)}
+    packed = (3, D * (D + 1) // 2)
+    assert shapes == {"weight": (3,), "mean": (3, D), "residual": (3, D), "covariance": packed, "waiting": (12, D)}
 
 
 def test_dim_is_insisted_on() -> None:

@@ -269,7 +269,7 @@ def test_fault_that_nobody_has_seen_is_raised_on_all_at_the_next_update(results:
 
 @ranks
 def test_ranks_go_on_together_after_an_unseen_fault(rank: int, results: Results) -> None:
-    wrapper = estimator(revive_below=0)
+    wrapper = estimator(relocate=False)
     for step in (0, 1, 4, 5):
         stats = wrapper.update(*mixture(19, seed=step))
     assert_state_close(results("unseen fault")[rank][5], stats)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -29,13 +30,18 @@ def batches(*, apart: float = 3.0) -> list[tuple[Tensor, Tensor]]:
     return [mixture(N, apart=apart, seed=step) for step, N in enumerate(SIZES)]
 
 
+def of_the_core(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics but for `n_relocated`, which is the wrapper's."""
+    return {key: value for key, value in stats.items() if key != "n_relocated"}
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind.values()))
 def test_update_is_the_step_of_the_core(kind: dict[str, Any]) -> None:
     wrapper, first = estimator(**kind), batches()[0][0]
     state = mixture_core.init(MixtureConfig(K=3, **kind), first, generator=torch.Generator().manual_seed(0))
     for x, labels in batches():
         state, stats = mixture_core.step(state, x, labels)
-        assert bits(wrapper.update(x, labels)) == bits(stats)
+        assert bits(of_the_core(wrapper.update(x, labels))) == bits(stats)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind.values()))
@@ -47,14 +53,14 @@ def test_update_is_the_step_of_the_float64_oracle(kind: dict[str, Any]) -> None:
         assert_close(wrapper.update(x, labels), oracle_derived(stats.moments), unit=20)
 
 
-@pytest.mark.parametrize("options", [{"max_assign_iters": 5}, {"revive_below": 0.5}, {"ema_decay": 0.3}, {"seed": 9}])
+@pytest.mark.parametrize("options", [{"max_assign_iters": 5}, {"relocate": False}, {"ema_decay": 0.8}, {"seed": 9}])
 def test_update_hands_every_option_to_the_core(options: dict[str, Any]) -> None:
     wrapper, first = estimator(K=12, **options), batches()[0][0]
     generator = torch.Generator().manual_seed(options.pop("seed", 0))
     state = mixture_core.init(MixtureConfig(K=12, **options), first, generator=generator)
     for x, _ in batches():
         state, stats = mixture_core.step(state, x)
-        assert bits(wrapper.update(x)) == bits(stats)
+        assert bits(of_the_core(wrapper.update(x))) == bits(stats)
 
 
 def test_update_looks_at_no_labels_where_nothing_comes_from_them() -> None:
@@ -227,7 +233,7 @@ def test_same_seed_gives_the_same_numbers_again() -> None:
 
 @pytest.mark.parametrize(("N", "K", "D"), [(1, 1, 1), (1, 5, 3), (3, 5, 3), (40, 1, 3), (40, 5, 1), (10, 2, 64)])
 def test_update_takes_batches_of_any_shape(N: int, K: int, D: int) -> None:
-    wrapper, generator = MixtureStats(K=K, enabled=True, revive_below=0.0), torch.Generator().manual_seed(0)
+    wrapper, generator = MixtureStats(K=K, enabled=True), torch.Generator().manual_seed(0)
     history: list[tuple[Tensor, Tensor]] = []
     rows = 0
     for _ in range(4):

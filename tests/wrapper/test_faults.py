@@ -108,7 +108,7 @@ def test_idle_batch_leaves_the_stats_to_the_bit(batch: tuple[Tensor, Tensor], op
     wrapper = estimator(**options)
     before = bits(wrapper.update(*mixture()))
     after = bits(update_quietly(wrapper, *batch))
-    own = ("R", "n_ignored", "n_revived")  # of the batch, not of the mixture
+    own = ("R", "n_ignored", "n_relocated")  # of the batch, not of the mixture
     assert {key: value for key, value in after.items() if key not in own} == {
         key: value for key, value in before.items() if key not in own
     }

@@ -100,7 +100,7 @@ def test_update_is_right_or_refuses_whatever_comes(data: st.DataObject) -> None:
         "K": K,
         "assigner": data.draw(st.sampled_from(("kmeans_online", "label_supervised"))),
         "mode": data.draw(st.sampled_from(("ema", "per_batch", "label_supervised"))),
-        "revive_below": 0.0,
+        "relocate": False,
     }
     wrapper, reference = MixtureStats(**options, enabled=True), Reference(MixtureConfig(**options))
     update_quietly(wrapper, torch.zeros(0, D), torch.zeros(0, dtype=torch.int64))  # says what D is

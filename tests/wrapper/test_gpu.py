@@ -13,7 +13,7 @@ from mixture_torch import MixtureStats, read_log, read_scores
 from tests.tolerances import FLOAT32, relative_error
 
 K, N, D = 5, 96, 20
-STATISTICS = ("pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "n_revived")
+STATISTICS = ("pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "n_relocated")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -54,7 +54,7 @@ def no_syncs() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:.*rows ignored")
-@pytest.mark.parametrize("options", [{}, {"mode": "per_batch"}, {"max_assign_iters": 1}, {"revive_below": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"mode": "per_batch"}, {"max_assign_iters": 1}, {"ema_decay": 0.5}])
 def test_hundred_replayed_steps_equal_hundred_plain_ones(options: dict[str, object]) -> None:
     plain, compiled = estimator(**options), estimator(compile=True, **options)
     for x in batches(100):

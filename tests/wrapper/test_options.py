@@ -51,9 +51,8 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("seed", 2**64, ValueError, f"got {2**64}"),
     ("seed", None, TypeError, "an integer, got None"),
     ("strict", "no", TypeError, "true or false, got 'no'"),
-    ("revive_below", -0.1, ValueError, "at least 0 and less than 1, got -0.1"),
-    ("revive_below", 1, ValueError, "at least 0 and less than 1, got 1.0"),
-    ("revive_below", "x", TypeError, "a number, got 'x'"),
+    ("relocate", 1, TypeError, "true or false, got 1"),
+    ("relocate", "no", TypeError, "true or false, got 'no'"),
 ]
 PLACES: list[tuple[str, Any, type[Exception], str]] = [
     ("is_main", "yes", TypeError, "true, false or None, got 'yes'"),

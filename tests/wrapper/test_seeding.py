@@ -83,12 +83,12 @@ def test_component_of_one_percent_keeps_its_place() -> None:
         draw, wrapper = clusters(share=0.01), MixtureStats(K=K, enabled=True, seed=seed)
         wrapper.update(draw(1024)[0])
         place = wrapper.stats["pi"].argmin()
-        pi, revived = [], 0
+        pi, moved = [], 0
         for _ in range(200):
             stats = wrapper.update(draw(128)[0])
             pi.append(float(stats["pi"][place]))
-            revived += int(stats["n_revived"])
-        assert (revived, finds_all(wrapper, draw)) == (0, True)
+            moved += int(stats["n_relocated"])
+        assert (moved, finds_all(wrapper, draw)) == (0, True)
         assert 0.007 < sum(pi) / len(pi) < 0.013
 
 

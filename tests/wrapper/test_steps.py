@@ -233,11 +233,11 @@ def test_rows_that_wait_are_the_estimators_own() -> None:
 def test_step_that_begins_without_a_row_moves_dead_components_all_the_same() -> None:
     moved = {}
     for first in (None, torch.zeros(0, 2)):
-        wrapper, moved[first is None] = estimator(K=2, revive_below=0.5), 0
+        wrapper, moved[first is None] = estimator(K=2, ema_decay=0.05), 0  # a window of 2 steps
         wrapper.update(mixture(40, K=2, D=2)[0])
         for step in range(6):
             if first is not None:
-                wrapper.update(first, step=step)
-            one_cluster = torch.randn(40, 2, generator=torch.Generator().manual_seed(step))
-            moved[first is None] += int(wrapper.update(one_cluster, step=step)["n_revived"])
+                moved[False] += int(wrapper.update(first, step=step)["n_relocated"])
+            one_cluster = mixture(80, K=2, D=2, seed=step)[0][::2]
+            moved[first is None] += int(wrapper.update(one_cluster, step=step)["n_relocated"])
     assert moved[True] == moved[False] > 0

@@ -1,0 +1,156 @@
+"""Components that are wasted go to where they are missed, by the moments alone."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
+
+from mixture_core.grouped import complete_
+from mixture_core.inputs import is_plain, looks
+from mixture_core.moments import Moments, merge_exactly, safe_divide, two_sum
+from mixture_core.step import MixtureState
+
+DEAD = 0.01  # share of the weight, times K, below which a component is dead
+MARGIN = 2.0  # a split must gain this many times what the merger costs
+MOVES = 4  # most moves at one time; K / 8 if that is more
+ITERATIONS = 3  # of the power method
+HALF = 2 / math.pi  # squared distance of the mean of a standard normal's half from 0
+
+
+class _Mergers(NamedTuple):
+    cost: Tensor  # (K,) inertia that removing a component adds
+    neighbor: Tensor  # (K,) what it is best merged with
+    dead: Tensor  # (K,) whether nothing would miss it
+
+
+def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
+    """Returns the state with wasted components moved to where the mixture fits worst, and how many moved, () int64.
+
+    Splitting component k by a hyperplane through its mean, with the normal v, gives two halves of a Gaussian:
+
+        weight w_k / 2,  mean mu_k +- s,  covariance Sigma_k - s s^T,  s = sqrt(2 / pi) Sigma_k v / sqrt(v^T Sigma_k v)
+
+    and lowers the inertia by w_k |s|^2. Merging component j with its neighbor i raises it by
+    w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the largest gain is more than twice the least cost, j is merged into i and
+    takes one half of k, which is split across its principal axis. A component with less than 0.01 / K of the weight is
+    dead: moving it costs nothing, and its weight is dropped. All dead components, up to 8, are moved at one time,
+    each to a split of its own; if none is dead, one component is moved at most. The mean and the covariance of all
+    components together stay what they were, but for dropped weight.
+
+    Call it between steps, every `config.window` of them: until then a moved component has not shown what it
+    is worth. Nothing moves if `relocate` is false, without `mode: ema`, or with labels.
+
+    Args:
+        state: From `init` or `step`.
+
+    Example:
+        >>> import torch, mixture_core
+        >>> moments = mixture_core.Moments(  # two components for the cluster at 0, one for those at 6 and 12
+        ...     weight=torch.tensor([50.0, 50.0, 200.0]),
+        ...     mean=torch.tensor([[0.0], [0.1], [9.0]]),
+        ...     covariance=torch.tensor([[[1.0]], [[1.0]], [[10.0]]]),
+        ... )
+        >>> state = mixture_core.MixtureState(config=mixture_core.MixtureConfig(K=3), moments=moments)
+        >>> state, n_relocated = mixture_core.relocate(state)
+        >>> int(n_relocated), [round(float(mean), 1) for mean in state.moments.mean]
+        (1, [6.5, 0.1, 11.5])
+
+    Split and merge of clusters: Ueda, Nakano, Ghahramani and Hinton, "SMEM algorithm for mixture models" (2000),
+    section 3. Moments of a half: Johnson, Kotz and Balakrishnan, "Continuous univariate distributions" (1994), 13.10.1.
+    """
+    return move(state)
+
+
+def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Tensor]:
+    """Does what `relocate` does.
+
+    Args:
+        state: From `init` or `step`.
+        lower: Whether the upper triangle of the covariances is undefined. It may then be written to.
+    """
+    K, m = state.config.K, state.moments
+    n_relocated = torch.zeros_like(m.weight[0], dtype=torch.int64)
+    if not state.config.relocates or K == 1:
+        return state, n_relocated
+    looking, plain = looks(m.weight, m.covariance), is_plain(m.weight, m.mean, m.covariance, state.residual)
+    mergers, variance = _mergers(m), m.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=1)
+    if looking and not (m.weight * variance).max() * HALF > MARGIN * mergers.cost.min():
+        return state, n_relocated  # as mostly: a principal axis has no more than the whole variance
+
+    if lower:
+        complete_(m.covariance)
+    k, shift = torch.arange(K, device=m.weight.device), _half_shift(m.covariance)
+    for n in range(max(MOVES, K // 8)):
+        donor = torch.where(mergers.dead, m.pi - 1, mergers.cost).argmin()[None]
+        neighbor, dies = mergers.neighbor[donor], mergers.dead[donor]
+        size = shift.square().sum(dim=1)
+        apart = size > (8 * torch.finfo(size.dtype).eps) ** 2 * m.mean.square().sum(dim=1)  # or the halves coincide
+        splits = apart & ~mergers.dead & (k != donor) & ((k != neighbor) | dies)
+        gain = torch.where(splits, m.weight * size, 0.0)
+        target = gain.argmax()[None]
+        moves = gain[target] > MARGIN * mergers.cost[donor]
+        if looking and not moves:
+            break
+        if plain and n == 0:  # what is written to from here on
+            state = tree_map(torch.clone, state)
+
+        union = torch.where(dies, donor, neighbor)
+        merged = merge_exactly(_at(state, union), _at(state, donor))
+        state = _put(state, union, merged, moves & ~dies, in_place=plain)
+        halves = torch.cat([target, donor])
+        state = _put(state, halves, _halves(_at(state, target), shift[target]), moves, in_place=plain)
+        n_relocated, m, changed = n_relocated + moves[0], state.moments, torch.cat([union, halves])
+        mergers, shift = _mergers(m), shift.index_put((changed,), _half_shift(m.covariance[changed]))
+    return state, n_relocated
+
+
+def _mergers(m: Moments) -> _Mergers:
+    w, dead = m.weight, m.pi < DEAD / len(m.weight)
+    distance = torch.cdist(m.mean, m.mean, compute_mode="donot_use_mm_for_euclid_dist")
+    each = safe_divide(w[:, None] * w, w[:, None] + w) * distance.square()
+    cost, neighbor = torch.where(torch.eye(len(w), dtype=torch.bool, device=w.device), torch.inf, each).min(dim=1)
+    return _Mergers(torch.where(dead, 0.0, cost), neighbor, dead)
+
+
+def _half_shift(covariance: Tensor) -> Tensor:
+    """How far the mean of a half lies from the whole's, (K, D), by a few power iterations from the largest column."""
+    D = covariance.shape[-1]
+    largest = covariance.diagonal(dim1=-2, dim2=-1).argmax(dim=1)
+    v = covariance.gather(1, largest[:, None, None].expand(-1, 1, D))[:, 0]
+    for _ in range(ITERATIONS):
+        v = safe_divide(v, v.abs().amax(dim=1, keepdim=True))  # not by the norm, whose square could overflow
+        axis, v = v, (covariance @ v[:, :, None])[:, :, 0]
+    spread = (axis * v).sum(dim=1, keepdim=True)
+    return v * safe_divide(torch.full_like(spread, HALF), spread).sqrt()
+
+
+def _halves(whole: tuple[Moments, Tensor], shift: Tensor) -> tuple[Moments, Tensor]:
+    """The two halves of one component, as moments of two and their residual."""
+    (m, residual), step = whole, torch.cat([shift, -shift])
+    mean, left = two_sum(m.mean, residual + step)
+    covariance = m.covariance - step[:, :, None] * step[:, None, :]
+    return Moments(weight=(m.weight / 2).expand(2), mean=mean, covariance=covariance), left
+
+
+def _at(state: MixtureState, index: Tensor) -> tuple[Moments, Tensor]:
+    m = state.moments
+    moments = Moments(weight=m.weight[index], mean=m.mean[index], covariance=m.covariance[index])
+    return moments, state.residual[index]
+
+
+def _put(
+    state: MixtureState, index: Tensor, values: tuple[Moments, Tensor], really: Tensor, *, in_place: bool
+) -> MixtureState:
+    """The state with these components replaced, if `really`, (1,)."""
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        value = torch.where(really.view(-1, *[1] * (old.ndim - 1)), new, old[index])
+        return old.index_put_((index,), value) if in_place else old.index_put((index,), value)
+
+    (new, residual), m = values, state.moments
+    moments = Moments(
+        weight=put(m.weight, new.weight), mean=put(m.mean, new.mean), covariance=put(m.covariance, new.covariance)
+    )
+    return MixtureState(config=state.config, moments=moments, residual=put(state.residual, residual))
