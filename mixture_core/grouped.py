@@ -151,6 +151,9 @@ def _subtract(means: Tensor, rows: Tensor, groups: Sequence[Tensor], component: 
 def _add_products(covariance: Tensor, rows: Tensor, *, old: float, new: float, out: Tensor) -> None:
     """Writes old * covariance + new * rows^T rows, (D, D), at least in its lower triangle."""
     D = rows.shape[1]
+    if D == 1:  # BLAS would add one square after another to a sum that is large already
+        torch.mul(covariance, old, out=out).add_(rows.square().sum(), alpha=new)
+        return
     if D <= BLOCK:
         torch.addmm(covariance, rows.mT, rows, beta=old, alpha=new, out=out)
         return

@@ -1,0 +1,248 @@
+"""`relocate`: wasted components go to where they are missed, and the whole stays what it was."""
+
+from functools import reduce
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import vmap
+
+from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, relocate, step
+from mixture_core.relocate import DEAD, MOVES
+from mixture_core.testing import oracle_merge, states
+from tests.core.common import assert_moments_close, assert_same_bits, gaussians, stack
+from tests.tolerances import FLOAT32, FLOAT64, relative_error
+
+K, D = 8, 16
+
+
+def whole(m: Moments, keep: Tensor | None = None) -> Moments:
+    """All components as one, in float64; those of weight 0, and those not to keep, left out."""
+    kept = [k for k in range(len(m.weight)) if m.weight[k] > 0 and (keep is None or keep[k])]
+    parts = [Moments(**{name: getattr(m, name)[k : k + 1] for name in ("weight", "mean", "covariance")}) for k in kept]
+    return reduce(oracle_merge, parts)
+
+
+def alive(m: Moments) -> Tensor:
+    return m.pi >= DEAD / len(m.weight)
+
+
+def state_of(means: Tensor, *, weight: Tensor | None = None, spread: float = 1.0) -> MixtureState:
+    """Round components, equally heavy unless they have weights."""
+    K, D = means.shape
+    weight = torch.full((K,), 100.0) if weight is None else weight
+    moments = Moments(weight=weight, mean=means.clone(), covariance=spread**2 * torch.eye(D).repeat(K, 1, 1))
+    return MixtureState(config=MixtureConfig(K=K), moments=moments)
+
+
+def merged_pair() -> tuple[MixtureState, Tensor]:
+    """Eight clusters: one component has two of them, and two components have one together; and the clusters' means."""
+    _, _, means = gaussians(1, K=K, D=D)
+    state = state_of(means)
+    m = state.moments
+    m.mean[0], m.weight[0] = (means[0] + means[1]) / 2, 200.0
+    m.covariance[0] += torch.outer(means[0] - means[1], means[0] - means[1]) / 4
+    side = torch.nn.functional.one_hot(torch.tensor(3), D) * 0.8
+    m.mean[1], m.mean[2] = means[2] + side, means[2] - side
+    m.weight[1:3] = 50.0
+    return state, means
+
+
+def with_dead(n: int, *, weight: float = 0.0) -> tuple[MixtureState, Tensor]:
+    """Eight clusters, of which the first component has n + 1, beside n dead components; and the clusters' means."""
+    x, own, means = gaussians(2, N=4096, K=K, D=D)
+    R = torch.nn.functional.one_hot(torch.where(own <= n, 0, own), K).float()
+    m = batch_moments(x, R)
+    m.weight[1 : n + 1], m.mean[1 : n + 1] = weight, 1e5
+    return MixtureState(config=MixtureConfig(K=K), moments=m), means
+
+
+def distances(state: MixtureState, means: Tensor) -> Tensor:
+    """How far each cluster's nearest component is, (K,)."""
+    return torch.cdist(means, state.moments.mean).min(dim=1).values
+
+
+# What moves
+
+
+def test_component_of_a_shared_cluster_goes_to_the_one_that_has_two() -> None:
+    state, means = merged_pair()
+    new, n_relocated = relocate(state)
+    assert int(n_relocated) == 1
+    assert distances(state, means)[:2].min() > 5
+    assert distances(new, means).max() < 4
+    x, _, _ = gaussians(1, K=K, D=D, N=4096)
+    new, _ = step(step(new, x)[0], x)
+    assert distances(new, means).max() < 1
+    assert int(relocate(new)[1]) == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_dead_components_all_go_at_one_time_to_the_component_that_has_their_clusters(n: int, weight: float) -> None:
+    state, means = with_dead(n, weight=weight)
+    new, n_relocated = relocate(state)
+    assert int(n_relocated) == n
+    x, _, _ = gaussians(2, N=4096, K=K, D=D)
+    for _ in range(3):
+        for _ in range(new.config.window):
+            new, _ = step(new, x)
+        new, _ = relocate(new)
+    assert distances(new, means).max() < 1
+
+
+def test_so_many_components_are_moved_at_one_time() -> None:
+    state = state_of(gaussians(3, K=64).means, weight=torch.where(torch.arange(64) < 40, 0.0, 100.0))
+    assert int(relocate(state)[1]) == max(MOVES, 64 // 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_separate_clusters_stay_where_they_are(seed: int) -> None:
+    state = state_of(gaussians(seed).means)
+    new, n_relocated = relocate(state)
+    assert new is state
+    assert n_relocated == 0
+    assert (n_relocated.dtype, n_relocated.shape) == (torch.int64, ())
+
+
+def test_a_light_cluster_far_from_all_others_stays() -> None:
+    weight = torch.full((K,), 100.0)
+    weight[3] = 1.2  # 0.17 % of the weight
+    assert relocate(state_of(gaussians(0).means, weight=weight))[1] == 0
+
+
+@pytest.mark.parametrize(("share", "moved"), [(0.9, 1), (1.1, 0)])
+def test_dead_is_what_has_less_than_a_hundredth_of_its_share(share: float, moved: int) -> None:
+    weight = torch.full((K,), 100.0)
+    weight[3] = share * DEAD / K * 700
+    means = gaussians(0).means
+    means[3] *= 1e3  # too far to be merged
+    assert int(relocate(state_of(means, weight=weight))[1]) == moved
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+def test_coinciding_rows_move_nothing(offset: float) -> None:
+    means = torch.full((4, 3), offset)
+    state = state_of(means, weight=torch.tensor([100.0, 0.0, 0.0, 50.0]), spread=2**-24 * offset)
+    assert relocate(state)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"relocate": False}, {"mode": "per_batch"}, {"assigner": "label_supervised"}, {"K": 1}], ids=str
+)
+def test_nothing_moves_where_nothing_may(options: dict[str, object]) -> None:
+    config = MixtureConfig(**{"K": K, **options})  # type: ignore[arg-type]
+    m = with_dead(2)[0].moments
+    moments = Moments(weight=m.weight[: config.K], mean=m.mean[: config.K], covariance=m.covariance[: config.K])
+    state = MixtureState(config=config, moments=moments)
+    new, n_relocated = relocate(state)
+    assert new is state
+    assert n_relocated == 0
+
+
+def test_a_state_without_weight_moves_nothing() -> None:
+    assert relocate(state_of(gaussians(0).means, weight=torch.zeros(K)))[1] == 0
+
+
+# What stays
+
+
+@given(states(K=(2, 12), D=(1, 6), config=None, dtype=torch.float64, scale=3.0))
+def test_mean_and_covariance_of_all_stay_but_for_dead_weight(state: MixtureState) -> None:
+    config = MixtureConfig(K=len(state.moments.weight))
+    state = MixtureState(config=config, moments=state.moments)
+    if not alive(state.moments).any():
+        return
+    new, _ = relocate(state)
+    assert_moments_close(whole(new.moments), whole(state.moments, alive(state.moments)), FLOAT64, scale=3.0)
+
+
+@given(states(K=(2, 12), D=(1, 6), offset=100.0, scale=3.0))
+def test_mean_and_covariance_of_all_stay_in_float32(state: MixtureState) -> None:
+    state = MixtureState(config=MixtureConfig(K=len(state.moments.weight)), moments=state.moments)
+    if not alive(state.moments).any():
+        return
+    new, _ = relocate(state)
+    before, after = whole(state.moments, alive(state.moments)), whole(new.moments)
+    assert relative_error(after.mean, before.mean) <= FLOAT32
+    assert relative_error(after.covariance, before.covariance) <= FLOAT32 * 100
+
+
+@given(states(K=(2, 12), D=(1, 6), scale=3.0, dtype=torch.float64))
+def test_covariances_stay_symmetric_and_positive(state: MixtureState) -> None:
+    new, _ = relocate(MixtureState(config=MixtureConfig(K=len(state.moments.weight)), moments=state.moments))
+    covariance = new.moments.covariance
+    assert torch.equal(covariance, covariance.mT)
+    assert torch.linalg.eigvalsh(covariance).min() >= -FLOAT64 * 10 * (1 + covariance.abs().max())
+
+
+def test_relocate_writes_to_none_of_its_arguments() -> None:
+    state, _ = with_dead(2)
+    before = state_of(state.moments.mean)
+    before.moments.weight.copy_(state.moments.weight)
+    before.moments.covariance.copy_(state.moments.covariance)
+    new, n_relocated = relocate(state)
+    assert n_relocated == 2
+    assert_same_bits(state.moments, before.moments)
+    new.moments.mean.fill_(7)
+    assert_same_bits(state.moments, before.moments)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_any_scale_is_the_same(scale: float) -> None:
+    state, _ = merged_pair()
+    m = state.moments
+    scaled = Moments(weight=m.weight, mean=m.mean * scale, covariance=m.covariance * scale**2)
+    new, n_relocated = relocate(MixtureState(config=state.config, moments=scaled))
+    assert n_relocated == 1
+    assert relative_error(new.moments.mean / scale, relocate(state)[0].moments.mean) <= FLOAT32
+
+
+# Transforms
+
+
+def test_relocate_under_vmap_equals_a_loop() -> None:
+    several = [merged_pair()[0], with_dead(3)[0], state_of(gaussians(0).means), with_dead(1, weight=1e-3)[0]]
+    results, counts = vmap(relocate)(stack(*several))
+    for n, state in enumerate(several):
+        new, n_relocated = relocate(state)
+        assert counts[n] == n_relocated
+        found = Moments(**{name: getattr(results.moments, name)[n] for name in ("weight", "mean", "covariance")})
+        assert_moments_close(found, new.moments, FLOAT32)
+
+
+def test_relocate_under_vmap_takes_what_is_shared() -> None:
+    state, _ = with_dead(2)
+    weights = torch.stack([state.moments.weight, torch.full((K,), 5.0)])
+
+    def moved(weight: Tensor) -> tuple[Tensor, Tensor]:
+        m = state.moments
+        moments = Moments(weight=weight, mean=m.mean, covariance=m.covariance)
+        new, n_relocated = relocate(MixtureState(config=state.config, moments=moments))
+        return new.moments.mean, n_relocated
+
+    means, counts = vmap(moved)(weights)
+    assert counts[0] == 2
+    assert relative_error(means[0], relocate(state)[0].moments.mean) <= FLOAT32
+
+
+def test_relocate_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(relocate, fullgraph=True, backend="aot_eager")
+    for state in (with_dead(3)[0], merged_pair()[0]):
+        (found, count), (wanted, expected) = compiled(state), relocate(state)
+        assert count == expected
+        assert_moments_close(found.moments, wanted.moments, FLOAT32)
+    torch._dynamo.reset()
+
+
+@given(states(K=(2, 6), D=(1, 4)), st.integers(0, 2**31))
+def test_relocate_repeats_bit_for_bit(state: MixtureState, seed: int) -> None:
+    state = MixtureState(config=MixtureConfig(K=len(state.moments.weight)), moments=state.moments)
+    first, _ = relocate(state)
+    torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    assert_same_bits(relocate(state)[0].moments, first.moments)
+    assert torch.equal(torch.get_rng_state(), before)
