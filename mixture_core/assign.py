@@ -21,7 +21,7 @@ from mixture_core.scatter import component_means, one_hot
 # means lie 14 standard deviations apart in 16 dimensions lost a component; with 32, none.
 CANDIDATES = 32
 FAR = 16  # centroids whose squared distance from the center is so many times that of two of them need a second look
-ROUNDING = 16  # times eps: a bound of what rounding makes of a distance, relative to the sizes that enter it
+ROUNDING = 256  # times eps: bounds what rounding makes of a distance, relative to the largest square of a centroid
 
 
 def responsibilities_from_labels(labels: Tensor, K: int) -> Tensor:
@@ -89,9 +89,9 @@ def nearest_means(
             index, _ = kernels.nearest(x, centroids, with_responsibilities=False)
             centroids = kernels.component_means(x, *kernels.group(index, K), centroids)
         return kernels.nearest(x, centroids, with_responsibilities=True)
-    x = x.detach()
-    index, _ = _Rows(x, rows_not_all_usable(x), work).lloyd(centroids.detach(), iterations=iterations)
-    if looks(x):  # in two calls instead of four
+    rows = _Rows(x.detach(), rows_not_all_usable(x), work)
+    index, _ = rows.lloyd(centroids.detach(), iterations=iterations)
+    if rows.looks:  # in two calls instead of four
         return index, torch.eye(K + 1, K, dtype=x.dtype, device=x.device).index_select(0, index)
     return index, one_hot(index, K).to(x.dtype)
 
@@ -110,12 +110,13 @@ class _Rows:
     """
 
     def __init__(self, x: Tensor, usable: Tensor | None, work: Workspace | None = None) -> None:
-        self._x, self._usable, self._looks = x, usable, looks(x)
-        if self._looks:
+        self._x, self._usable, self.looks = x, usable, looks(x)
+        if self.looks:
             self._center = middle_row(x, usable)
             self._memory = torch.empty_like(x[:CHUNK]) if work is None else work.rows[0]
         self._held = -1  # start of the chunk that is in memory, without the center
-        self._far = False  # whether groups of centroids lie far apart
+        self._doubtful = 0  # rows that were assigned anew last time
+        self._about: Tensor | None = None  # the centroids without the center, from which they come if it is there
 
     def lloyd(self, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
         """Returns the last assignment, (N,), K where a row is not usable; and the centroids, (K, D), that it is to."""
@@ -126,45 +127,49 @@ class _Rows:
         return index, centroids
 
     def _nearest(self, centroids: Tensor) -> Tensor:
-        if not self._looks:
+        if not self.looks:
             index = _nearest_exactly(self._x.detach(), centroids)
         else:
-            about = centroids - self._center
+            about, self._doubtful = centroids - self._center if self._about is None else self._about, 0
             squares = about.square().sum(dim=1)
             reach = float(squares.max())
-            self._far = len(about) > 1 and reach > FAR * float(torch.pdist(about).min()) ** 2
-            parts = [self._nearest_in(start, centroids, about, squares, reach) for start in self._starts()]
+            far = len(about) > 1 and reach > FAR * float(torch.pdist(about).min()) ** 2
+            parts = []
+            for start in range(0, max(len(self._x), 1), CHUNK):
+                # Few rows times many, and not many times few: a fifth faster, what the transposition takes included.
+                distance = torch.addmm(squares[:, None], about, self._chunk(start).mT, alpha=-2).mT.contiguous()
+                nearest = distance.argmin(dim=1)
+                parts.append(self._without_doubt(start, centroids, distance, nearest, reach) if far else nearest)
             index = parts[0] if len(parts) == 1 else torch.cat(parts)
         return index if self._usable is None else torch.where(self._usable, index, len(centroids))
 
-    def _nearest_in(self, start: int, centroids: Tensor, about: Tensor, squares: Tensor, reach: float) -> Tensor:
-        rows = self._chunk(start)
-        # Few rows times many, and not many times few: a fifth faster, what the transposition takes included.
-        distance = torch.addmm(squares[:, None], about, rows.mT, alpha=-2).mT.contiguous()
-        nearest = distance.argmin(dim=1)
-        if self._far:
-            own = nearest[:, None]
-            gap = distance.scatter(1, own, torch.inf).amin(dim=1) - distance.gather(1, own)[:, 0]
-            rounding = ROUNDING * torch.finfo(rows.dtype).eps * reach**0.5
-            close = gap <= rounding * (reach**0.5 + torch.linalg.vector_norm(rows, dim=1))
-            doubtful = close.nonzero()[:, 0]
-            nearest[doubtful] = _nearest_exactly(self._x[start + doubtful], centroids)
-        return nearest
+    def _without_doubt(self, start: int, centroids: Tensor, distance: Tensor, nearest: Tensor, reach: float) -> Tensor:
+        """The nearest centroid, (M,), of the rows from `start` on, given distances and what is nearest by them."""
+        own = nearest[:, None]
+        gap = distance.scatter(1, own, torch.inf).amin(dim=1) - distance.gather(1, own)[:, 0]
+        doubtful = (gap <= ROUNDING * torch.finfo(gap.dtype).eps * reach).nonzero()[:, 0]
+        self._doubtful += len(doubtful)
+        if self._about is None:
+            return nearest.index_copy(0, doubtful, _nearest_exactly(self._x[start + doubtful], centroids))
+        return nearest.index_copy(0, doubtful, _nearest_exactly(self._chunk(start)[doubtful], self._about))
 
     def _means(self, index: Tensor, previous: Tensor) -> Tensor:
-        if not self._looks or self._far:
+        if not self.looks or self._doubtful > len(self._x) / 2:  # as is common only if groups lie very far apart
+            self._about = None
             return _means(self._x, index, previous)
         K = len(previous)
         counts = torch.bincount(index, minlength=K).tolist()[:K]
         one_over = inverse(counts, like=previous)
-        parts = [group_means(self._chunk(s), index[s : s + CHUNK], one_over) for s in self._starts()]
-        means = sum(parts[1:], parts[0])[:K] + self._center
-        if all(counts):
-            return means
-        return torch.where(torch.tensor(counts, device=means.device)[:, None] > 0, means, previous)
-
-    def _starts(self) -> range:
-        return range(0, max(len(self._x), 1), CHUNK)
+        starts = range(0, max(len(self._x), 1), CHUNK)
+        parts = [group_means(self._chunk(start), index[start : start + CHUNK], one_over) for start in starts]
+        about = sum(parts[1:], parts[0])[:K]
+        means = about + self._center
+        if not all(counts):
+            occupied = torch.tensor(counts, device=means.device)[:, None] > 0
+            before = previous - self._center if self._about is None else self._about
+            about, means = torch.where(occupied, about, before), torch.where(occupied, means, previous)
+        self._about = about
+        return means
 
     def _chunk(self, start: int) -> Tensor:
         rows = self._x[start : start + CHUNK]

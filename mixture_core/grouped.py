@@ -81,7 +81,8 @@ def absorb_rows(
     shares = [count / total for count, total in zip(counts, totals, strict=True)]
     roots = [(old * share) ** 0.5 for old, share in zip(olds, shares, strict=True)]
     total, share, root = x.new_tensor([[w + n for w, n in zip(olds, counts, strict=True)], shares, roots]).unbind()
-    (new_mean, new_residual), d = merge_means((mean, residual), (near[:K], lost[:K]), share[:, None])
+    batch, heavier = (near[:K], lost[:K]), max(shares) < 0.5
+    (new_mean, new_residual), d = merge_means((mean, residual), batch, share[:, None], heavier=heavier)
     rows.index_copy_(0, last, d.mul_(root[:, None]))
     for k, (Z, C, out) in enumerate(zip(groups, covariance.unbind(), work.covariance.unbind(), strict=True)):
         if counts[k]:

@@ -107,7 +107,7 @@ def merge_exactly(a: tuple[Moments, Tensor], b: tuple[Moments, Tensor]) -> tuple
 
 
 def merge_means(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], share: Tensor
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], share: Tensor, *, heavier: bool = False
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Returns the mean of a union as the unevaluated sum of two floats, and d = mean_b - mean_a, all (K, D).
 
@@ -117,10 +117,11 @@ def merge_means(
         a: Mean of the one set and what rounding took from it, (K, D) each.
         b: The same of the other.
         share: (K, 1) of b in the union's weight.
+        heavier: Whether a is known to be the heavier one throughout.
     """
     d = (b[0] - a[0]) + (b[1] - a[1])
-    if looks(share) and (share < 0.5).all():
-        return two_sum(a[0], a[1] + share * d), d
+    if heavier:
+        return two_sum(a[0], torch.addcmul(a[1], share, d)), d
     # From the heavier side: a light one may be far away, and its last digit then coarser than all of the other.
     from_a = share < 0.5
     step = torch.where(from_a, a[1] + share * d, b[1] - (1 - share) * d)

@@ -105,7 +105,8 @@ def advance(
     x, (moments, residual) = match(state, embeddings)
     index, R = _members(config, x, moments, labels, iterations=config.max_assign_iters, work=work)
     n_ignored = (index == config.K).sum()
-    before, residual = history(config, moments, residual, keep=(n_ignored == x.shape[0]) | continues)
+    keep = continues or bool(n_ignored == x.shape[0]) if looks(index) else (n_ignored == x.shape[0]) | continues
+    before, residual = history(config, moments, residual, keep=keep)
     new, residual = absorb(before, residual, x, index, work=work)
     stats = StepStats(moments=new, R=R, n_ignored=n_ignored)
     return MixtureState(config=config, moments=new, residual=residual), stats
@@ -153,23 +154,25 @@ def _members(
     return nearest_means(x, moments.mean, iterations=iterations, work=work)
 
 
-def history(config: MixtureConfig, moments: Moments, residual: Tensor, *, keep: Tensor) -> tuple[Moments, Tensor]:
+def history(
+    config: MixtureConfig, moments: Moments, residual: Tensor, *, keep: bool | Tensor
+) -> tuple[Moments, Tensor]:
     """Returns what a batch is merged into: the decayed moments in `mode: ema`, else nothing but k-means' centroids.
 
     Args:
         config: The choices.
         moments: So far.
         residual: (K, D) of their means.
-        keep: () bool, whether to return them as they are: an idle step, one without a usable row, decays and forgets
-            nothing, nor does a further part of a step.
+        keep: Whether to return them as they are, a bool or () of it: an idle step, one without a usable row, decays and
+            forgets nothing, nor does a further part of a step.
     """
-    if looks(keep, moments.weight) and keep:
+    if keep is True:
         return moments, residual
     if config.averages:
         decayed = decay(moments, config.ema_decay)
-        weight = decayed.weight if looks(keep, moments.weight) else torch.where(keep, moments.weight, decayed.weight)
+        weight = decayed.weight if keep is False else torch.where(keep, moments.weight, decayed.weight)
         return Moments(weight=weight, mean=moments.mean, covariance=moments.covariance), residual
-    kept = keep.to(moments.weight.dtype)
+    kept = keep.to(moments.weight.dtype) if isinstance(keep, Tensor) else 0.0
     centroids = kept if config.uses_labels else 1.0
     return Moments(
         weight=moments.weight * kept, mean=moments.mean * centroids, covariance=moments.covariance * kept

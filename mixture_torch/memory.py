@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -76,7 +77,7 @@ class Own:
     def read(self) -> Tensor:
         """Returns it, always the same."""
         if self._tensor is None:
-            with full_float32(None):
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 self._tensor = self._make()
         return self._tensor
 
