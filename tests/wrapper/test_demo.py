@@ -261,12 +261,13 @@ class FullRun(NamedTuple):
     embeddings: Tensor  # (1797, D)
     digits: Tensor  # (1797,)
     batches: dict[int, tuple[Tensor, Tensor, Tensor]]  # by step from 60 on: embeddings, mu, R
+    n_relocated: int  # from step 60 on
 
 
 @functools.cache
 def full_run(seed: int) -> FullRun:
     job = prepare(DemoConfig(seed=seed, device="cpu"), MIXTURE)
-    update, fed, batches = job.estimator.update, [], {}
+    update, fed, batches, moved = job.estimator.update, [], {}, 0
 
     def record(embeddings: Tensor, labels: Tensor | None = None) -> Any:
         fed[:] = [embeddings]
@@ -274,9 +275,10 @@ def full_run(seed: int) -> FullRun:
 
     job.estimator.update = record  # type: ignore[method-assign]
     for done in job.steps:
+        moved += int(job.estimator.stats["n_relocated"]) if done.step >= 60 else 0
         if done.step >= 60 and done.step % 20 == 0:
             batches[done.step] = fed[0], job.estimator.stats["mu"], job.estimator.stats["R"]
-    return FullRun(job.report(), job.embeddings(), job.digits, batches)
+    return FullRun(job.report(), job.embeddings(), job.digits, batches, moved)
 
 
 def kmeans_purity(run: FullRun) -> float:
@@ -309,6 +311,10 @@ def test_components_follow_the_digits() -> None:
     assert_components_follow_the_digits(seed=0)
 
 
+def test_components_of_a_healthy_demo_stay_where_they_are() -> None:
+    assert full_run(0).n_relocated == 0
+
+
 def test_inertia_stays_near_that_of_fresh_kmeans() -> None:
     assert_inertia_stays_near_the_best(seed=0)
 
@@ -317,6 +323,7 @@ def test_inertia_stays_near_that_of_fresh_kmeans() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_components_follow_the_digits_for_five_seeds(seed: int) -> None:
     assert_components_follow_the_digits(seed)
+    assert full_run(seed).n_relocated == 0
 
 
 @pytest.mark.slow
