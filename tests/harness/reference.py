@@ -36,7 +36,7 @@ class Reference:
         self.token: Any = None
         self.parts: list[Tensor] = []  # R of the calls of the step under way
         self.before: MixtureState | None = None  # the estimator's state, from which components are moved
-        self.n_steps = 0  # since it has started
+        self.n_steps, self.counted = 0, False  # since it has started, and whether the step under way is counted
         self.followed = {"updates": 0, "assignments checked": 0, "near ties": 0, "moves": 0, "resyncs": 0}
 
     def kept(self) -> "Reference":
@@ -66,7 +66,7 @@ class Reference:
         continues = token is not None and token == self.token and self.moments is not None
         earlier = self.parts if continues else []
         if n_relocated := int(stats["n_relocated"]):
-            assert not continues, "nothing is moved within a step"
+            assert not any(R_.any() for R_ in earlier), "nothing is moved within a step"
             self.follow_move(n_relocated)
         moments, anew = self.start(x[usable])
         if anew and any(R_.any() for R_ in earlier):
@@ -82,8 +82,9 @@ class Reference:
             self.moments = oracle_merge(moments, oracle_batch_moments(rows, members))
         self.token, self.parts = token, [*earlier, R]
         self.before = self.wrapper.state
-        if self.waiting is None:
-            self.n_steps += not (continues and self.n_steps)
+        self.counted = continues and self.counted
+        if self.waiting is None and R.any() and not self.counted:
+            self.n_steps, self.counted = self.n_steps + 1, True
         self.followed["updates"] += 1
 
     def start(self, rows: Tensor) -> tuple[Moments, bool]:
