@@ -123,7 +123,7 @@ def _half_shift(covariance: Tensor) -> Tensor:
         v = safe_divide(v, v.abs().amax(dim=1, keepdim=True))  # not by the norm, whose square could overflow
         axis, v = v, (covariance @ v[:, :, None])[:, :, 0]
     spread = (axis * v).sum(dim=1, keepdim=True)
-    return v * safe_divide(torch.full_like(spread, HALF), spread).sqrt()
+    return safe_divide(v, spread.sqrt()) * HALF**0.5  # sqrt(1 / spread) could overflow
 
 
 def _halves(whole: tuple[Moments, Tensor], shift: Tensor) -> tuple[Moments, Tensor]:

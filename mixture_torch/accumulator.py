@@ -166,7 +166,7 @@ class Accumulator:
         start, early = self._start(batch.everyone, continues=continues), self._early if continues else []
         step = self._captured(start.state, batch) if start.state is self.standing.state and not continues else None
         state, stats, report = step or (*self._advance(start, batch, total, continues=continues), None)
-        idle = _is_idle(stats, batch.n_rows)
+        idle = step is None and _is_idle(stats, batch.n_rows)
         if idle and start.n_relocated is not None:  # a batch that counts for nothing leaves the state
             start = Start(to_device(cast(MixtureState, self.standing.state), batch.x.device))
             state, stats = self._advance(start, batch, total, continues=continues)

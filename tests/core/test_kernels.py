@@ -119,6 +119,19 @@ def test_nearest_is_right_far_from_zero(spread: float, offset: float) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("distance", [1e2, 1e5, 1e7])
+@pytest.mark.parametrize("D", [16, 70])
+def test_nearest_is_right_in_groups_far_apart(D: int, distance: float) -> None:
+    x, means = batch(400, D, 8)
+    x[::2, 3] += distance
+    means[4:, 3] += distance
+    index, _ = kernels.nearest(x, means, with_responsibilities=False)
+    squares = (x.double()[:, None] - means.double()).square().sum(dim=2)
+    chosen = squares.gather(1, index.long()[:, None])[:, 0]
+    assert ((chosen - squares.amin(dim=1)) <= FLOAT32 / 10 * chosen).all()
+
+
+@needs_kernels
 @pytest.mark.parametrize(("D", "K"), [(3, 5), (65, 140)])
 def test_nearest_of_equal_centroids_is_the_first(D: int, K: int) -> None:
     x, centroids = batch(100, D, K)
@@ -213,6 +226,22 @@ def test_absorb_far_from_zero_is_the_union_with_history_there() -> None:
     expected_mean, expected = union(weight[0], mean[0], covariance[0], x.double())
     assert relative_error(results[1][0], expected_mean) <= FLOAT32
     assert relative_error(results[3][0].tril(), expected.tril()) <= FLOAT32
+
+
+@needs_kernels
+@pytest.mark.parametrize("weight", [0.0, 50.0, 1e6])
+def test_absorb_keeps_what_rounding_takes_from_the_mean(weight: float) -> None:
+    x, _ = batch(200, 35, 1, offset=1e4)
+    index, weights = torch.zeros(200, dtype=torch.int32, device=DEVICE), torch.tensor([weight], device=DEVICE)
+    mean, residual = x[:1].clone(), torch.full((1, 35), 3e-4, device=DEVICE)
+    covariance = torch.zeros(1, 35, 35, device=DEVICE)
+    _, new, left, _ = kernels.absorb(
+        weights, mean, residual, covariance, x, *kernels.group(index, 1), out=torch.empty_like(covariance)
+    )
+    history = mean.double() + residual
+    expected = history + (x.double().mean(dim=0) - history) * (200 / (200 + weight))
+    assert torch.equal(new, (new.double() + left).float())
+    assert (new.double() + left - expected).abs().max() <= FLOAT32
 
 
 @needs_kernels

@@ -190,7 +190,7 @@ def test_relocate_writes_to_none_of_its_arguments() -> None:
     assert_same_bits(state.moments, before.moments)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12])
 def test_any_scale_is_the_same(scale: float) -> None:
     state, _ = merged_pair()
     m = state.moments
@@ -236,6 +236,12 @@ def test_relocate_compiles_in_one_graph() -> None:
         assert count == expected
         assert_moments_close(found.moments, wanted.moments, FLOAT32)
     torch._dynamo.reset()
+
+
+@given(states(K=(2, 12), D=(1, 6), scale=1e-20))
+def test_states_stay_finite_where_float32_runs_out_of_digits(state: MixtureState) -> None:
+    new, _ = relocate(MixtureState(config=MixtureConfig(K=len(state.moments.weight)), moments=state.moments))
+    assert all(tensor.isfinite().all() for tensor in (new.moments.mean, new.moments.covariance, new.residual))
 
 
 @given(states(K=(2, 6), D=(1, 4)), st.integers(0, 2**31))
