@@ -20,8 +20,8 @@ from mixture_core.scatter import component_means, one_hot
 # Rows tried for each centroid of k-means++. With the customary 2 + log K, 7 of 50 random mixtures of 8 Gaussians whose
 # means lie 14 standard deviations apart in 16 dimensions lost a component; with 32, none.
 CANDIDATES = 32
-FAR = 16  # centroids whose squared distance from the center is so many times that of two of them need a second look
-ROUNDING = 256  # times eps: bounds what rounding makes of a distance, relative to the largest square of a centroid
+FAR = 16  # rows get a second look if the largest |c|^2 exceeds this many times the least squared distance of centroids
+ROUNDING = 256  # times eps times the largest |c|^2: bounds the rounding error of a squared distance
 
 
 def responsibilities_from_labels(labels: Tensor, K: int) -> Tensor:
@@ -68,7 +68,7 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
         raise ValueError(f"`centroids` must have shape (K, {x.shape[1]}), K at least 1, got {tuple(start.shape)}.")
     _check_count("iterations", iterations)
     index, previous = _Rows(x, usable_rows(x)).lloyd(start, iterations=iterations)
-    return one_hot(index, len(start)).to(x.dtype), _means(x, index, previous)
+    return one_hot(index, len(start)).to(x.dtype), _means_exactly(x, index, previous)
 
 
 def nearest_means(
@@ -99,9 +99,9 @@ def nearest_means(
 class _Rows:
     """The rows of a batch that centroids compete for.
 
-    Where one `looks`, squared distances are |c|^2 - 2 x.c about a point amid the rows: one product. Its rounding, of
-    the size of the largest |c|^2, can exceed the distance of centroids that lie close together far from that point.
-    Then the rows that this may concern are assigned anew by differences, as all rows are where nobody may look.
+    If code may look at the numbers, one matrix product gives the squared distances, |c|^2 - 2 x.c about a point amid
+    the rows. Its rounding error grows with the largest |c|^2 and may exceed the distance between two close centroids.
+    Rows for which it could decide are assigned again by differences. If code may not look, all rows are.
 
     Args:
         x: (N, D) embeddings.
@@ -114,19 +114,20 @@ class _Rows:
         if self.looks:
             self._center = middle_row(x, usable)
             self._memory = torch.empty_like(x[:CHUNK]) if work is None else work.rows[0]
-        self._held = -1  # start of the chunk that is in memory, without the center
-        self._doubtful = 0  # rows that were assigned anew last time
-        self._about: Tensor | None = None  # the centroids without the center, from which they come if it is there
+        self._held = -1  # start of the chunk that `_memory` holds, centered
+        self._doubtful = 0  # rows that the last assignment had to repeat
+        self._about: Tensor | None = None  # centered centroids, more exact than their difference; None if unknown
 
     def lloyd(self, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
-        """Returns the last assignment, (N,), K where a row is not usable; and the centroids, (K, D), that it is to."""
-        index = self._nearest(centroids.detach())
+        """Returns the last assignment, (N,), K if a row is not usable; and its centroids, (K, D)."""
+        index = self._nearest(centroids)
         for _ in range(iterations - 1):
             centroids = self._means(index, centroids)
-            index = self._nearest(centroids.detach())
+            index = self._nearest(centroids)
         return index, centroids
 
     def _nearest(self, centroids: Tensor) -> Tensor:
+        centroids = centroids.detach()
         if not self.looks:
             index = _nearest_exactly(self._x.detach(), centroids)
         else:
@@ -135,8 +136,8 @@ class _Rows:
             reach = float(squares.max())
             far = len(about) > 1 and reach > FAR * float(torch.pdist(about).min()) ** 2
             parts = []
-            for start in range(0, max(len(self._x), 1), CHUNK):
-                # Few rows times many, and not many times few: a fifth faster, what the transposition takes included.
+            for start in self._starts():
+                # The long side comes last in the product: a fifth faster, including the transposition.
                 distance = torch.addmm(squares[:, None], about, self._chunk(start).mT, alpha=-2).mT.contiguous()
                 nearest = distance.argmin(dim=1)
                 parts.append(self._without_doubt(start, centroids, distance, nearest, reach) if far else nearest)
@@ -144,7 +145,7 @@ class _Rows:
         return index if self._usable is None else torch.where(self._usable, index, len(centroids))
 
     def _without_doubt(self, start: int, centroids: Tensor, distance: Tensor, nearest: Tensor, reach: float) -> Tensor:
-        """The nearest centroid, (M,), of the rows from `start` on, given distances and what is nearest by them."""
+        """The nearest centroids of one chunk, (M,), after assigning the doubtful rows again."""
         own = nearest[:, None]
         gap = distance.scatter(1, own, torch.inf).amin(dim=1) - distance.gather(1, own)[:, 0]
         doubtful = (gap <= ROUNDING * torch.finfo(gap.dtype).eps * reach).nonzero()[:, 0]
@@ -154,14 +155,13 @@ class _Rows:
         return nearest.index_copy(0, doubtful, _nearest_exactly(self._chunk(start)[doubtful], self._about))
 
     def _means(self, index: Tensor, previous: Tensor) -> Tensor:
-        if not self.looks or self._doubtful > len(self._x) / 2:  # as is common only if groups lie very far apart
+        if not self.looks or self._doubtful > len(self._x) / 2:  # groups lie very far apart
             self._about = None
-            return _means(self._x, index, previous)
+            return _means_exactly(self._x, index, previous)
         K = len(previous)
         counts = torch.bincount(index, minlength=K).tolist()[:K]
         one_over = inverse(counts, like=previous)
-        starts = range(0, max(len(self._x), 1), CHUNK)
-        parts = [group_means(self._chunk(start), index[start : start + CHUNK], one_over) for start in starts]
+        parts = [group_means(self._chunk(s), index[s : s + CHUNK], one_over) for s in self._starts()]
         about = sum(parts[1:], parts[0])[:K]
         means = about + self._center
         if not all(counts):
@@ -170,6 +170,9 @@ class _Rows:
             about, means = torch.where(occupied, about, before), torch.where(occupied, means, previous)
         self._about = about
         return means
+
+    def _starts(self) -> range:
+        return range(0, max(len(self._x), 1), CHUNK)
 
     def _chunk(self, start: int) -> Tensor:
         rows = self._x[start : start + CHUNK]
@@ -185,7 +188,7 @@ def _nearest_exactly(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
-def _means(x: Tensor, index: Tensor, previous: Tensor) -> Tensor:
+def _means_exactly(x: Tensor, index: Tensor, previous: Tensor) -> Tensor:
     """The means of the rows of each component, (K, D); the previous one's where there is no row."""
     R = one_hot(index, len(previous)).to(x.dtype)
     x = torch.where((index < len(previous))[:, None], x, 0.0)
@@ -237,7 +240,9 @@ def kmeans_plusplus(x: Tensor, K: int, *, generator: torch.Generator) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(int(seed))
     rows = x
     usable = usable_rows(rows)
-    x = torch.where(usable[:, None], rows.double() - middle_row(rows, usable), 0.0)  # groups may lie far apart
+    x = torch.where(
+        usable[:, None], rows.double() - middle_row(rows, usable), 0.0
+    )  # float32 could round the spread of groups far apart away
     weight = usable.to(x.dtype)
     chosen = [_draw(weight, 1, generator)[0]]
     distance = _squared_distances(x, x[chosen[0]][None])[:, 0] * weight

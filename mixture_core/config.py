@@ -96,7 +96,7 @@ class MixtureConfig:
     mode: Literal["per_batch", "ema", "label_supervised"] = attrs.field(
         default="ema", validator=one_of("per_batch", "ema", "label_supervised")
     )
-    # What a step leaves of the weight of earlier samples, in (0, 1); `mode: ema` alone uses it.
+    # Factor by which the weights of earlier samples are multiplied each step, in (0, 1); only `mode: ema` uses it.
     ema_decay: float = attrs.field(
         default=0.95,
         converter=as_number,
@@ -124,5 +124,6 @@ class MixtureConfig:
 
     @property
     def window(self) -> int:
-        """Steps of the window that statistics are taken over: ceil(1 / (1 - ema_decay)) in `mode: ema`, otherwise 1."""
+        """Length of the averaging window in steps: ceil(1 / (1 - ema_decay)) in `mode: ema`, otherwise 1."""
+        # Rounded first: 1 / (1 - 0.9) is slightly more than 10.
         return math.ceil(round(1 / (1 - self.ema_decay), 6)) if self.averages else 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixture_core.moments import merge_means
 
-CHUNK = 16_384  # rows at a time: the squares of more, summed in float32, lose digits
+CHUNK = 16_384  # rows at a time: float32 sums of more squares lose digits
 # Of larger covariances only the block rows' lower parts are computed. At D = 512 and 2048, with K = 8, blocks of 64 to
 # 256 rows took 0.76 to 0.88 and 0.68 to 0.65 of the whole product's time (AMD EPYC, one thread); fewer blocks are fewer
 # calls.
@@ -50,7 +50,7 @@ def absorb_rows(
     Args:
         weight: (K,) of the history.
         mean: (K, D) of the history.
-        residual: (K, D) what rounding took from it.
+        residual: (K, D) its rounding error.
         covariance: (K, D, D) of the history, of which only the lower triangle is read.
         x: (N, D) embeddings, N at most CHUNK.
         index: (N,) int64, the component of each row; K where it counts for nothing.
@@ -81,8 +81,8 @@ def absorb_rows(
     shares = [count / total for count, total in zip(counts, totals, strict=True)]
     roots = [(old * share) ** 0.5 for old, share in zip(olds, shares, strict=True)]
     total, share, root = x.new_tensor([[w + n for w, n in zip(olds, counts, strict=True)], shares, roots]).unbind()
-    batch, heavier = (near[:K], lost[:K]), max(shares) < 0.5
-    (new_mean, new_residual), d = merge_means((mean, residual), batch, share[:, None], heavier=heavier)
+    batch, a_is_heavier = (near[:K], lost[:K]), max(shares) < 0.5
+    (new_mean, new_residual), d = merge_means((mean, residual), batch, share[:, None], a_is_heavier=a_is_heavier)
     rows.index_copy_(0, last, d.mul_(root[:, None]))
     for k, (Z, C, out) in enumerate(zip(groups, covariance.unbind(), work.covariance.unbind(), strict=True)):
         if counts[k]:
@@ -112,13 +112,13 @@ def pack(covariance: Tensor) -> Tensor:
 
 
 def unpack_(packed: Tensor, out: Tensor) -> Tensor:
-    """Returns `out`, (K, D, D), with what `pack` has packed in its lower triangles."""
+    """Writes packed entries to the lower triangles of `out`, (K, D, D), and returns it."""
     out.flatten(1).index_copy_(1, _lower(out), packed)
     return out
 
 
 def _lower(matrices: Tensor) -> Tensor:
-    """Where the entries of a lower triangle are in the (D D,) entries of a matrix."""
+    """Indices of the lower triangle in a flattened matrix."""
     D = matrices.shape[-1]
     row, column = torch.tril_indices(D, D, device=matrices.device).unbind()
     return row * D + column
@@ -152,7 +152,7 @@ def _subtract(means: Tensor, rows: Tensor, groups: Sequence[Tensor], component: 
 def _add_products(covariance: Tensor, rows: Tensor, *, old: float, new: float, out: Tensor) -> None:
     """Writes old * covariance + new * rows^T rows, (D, D), at least in its lower triangle."""
     D = rows.shape[1]
-    if D == 1:  # BLAS would add one square after another to a sum that is large already
+    if D == 1:  # BLAS would add the squares one by one to a sum that is already large
         torch.mul(covariance, old, out=out).add_(rows.square().sum(), alpha=new)
         return
     if D <= BLOCK:

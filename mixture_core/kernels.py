@@ -110,7 +110,7 @@ def _nearest_kernel(
             strange += tl.where(usable, 0, 1)
             difference = tl.where(usable, v, 0.0)[:, None, :] - c[None, :, :]
             squares += difference * difference
-        # By differences, groups of rows may lie far apart, and equal centroids are equally far to the bit.
+        # Differences work for groups far apart, and give equal centroids equal distances.
         distance = tl.where((k < K)[None, :], tl.sum(squares, axis=2), float("inf"))
         smallest, which = tl.min(distance, axis=1, return_indices=True, return_indices_tie_break_left=True)
         nearest = tl.where(smallest < least, first + which, nearest)
@@ -334,7 +334,7 @@ def absorb(
     weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, order: Tensor, offsets: Tensor,
     *, out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns weight, mean, what rounding took from it, and covariance of the union of history and batch.
+    """Returns weight, mean, residual (the mean's rounding error) and covariance of history and batch together.
 
     Per component, with w_b rows, w = w_a + w_b and d = mean_b - mean_a:
 
@@ -348,7 +348,7 @@ def absorb(
     Args:
         weight: (K,) of the history, decayed.
         mean: (K, D) of the history.
-        residual: (K, D) what rounding took from it.
+        residual: (K, D) its rounding error.
         covariance: (K, D, D) of the history.
         x: (N, D) embeddings.
         order: (N,) int32 from `group`.

@@ -96,7 +96,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def merge_exactly(a: tuple[Moments, Tensor], b: tuple[Moments, Tensor]) -> tuple[Moments, Tensor]:
-    """Returns what `merge` does for means that come with their residual, (K, D): what rounding took from them."""
+    """Returns what `merge` does, for means that come with their residual, (K, D): their rounding error."""
     (a_, low_a), (b_, low_b) = a, b
     weight = a_.weight + b_.weight
     share = safe_divide(b_.weight, weight)[..., None]  # of b, (K, 1)
@@ -107,29 +107,29 @@ def merge_exactly(a: tuple[Moments, Tensor], b: tuple[Moments, Tensor]) -> tuple
 
 
 def merge_means(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], share: Tensor, *, heavier: bool = False
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], share: Tensor, *, a_is_heavier: bool = False
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Returns the mean of a union as the unevaluated sum of two floats, and d = mean_b - mean_a, all (K, D).
+    """Returns the merged mean, as a float and its rounding error, and d = mean_b - mean_a, all (K, D).
 
-    A float32 mean alone stops moving where a step moves it by less than its last digit.
+    A float32 mean alone would ignore steps smaller than its last digit.
 
     Args:
-        a: Mean of the one set and what rounding took from it, (K, D) each.
+        a: Mean of the one set and its rounding error, (K, D) each.
         b: The same of the other.
         share: (K, 1) of b in the union's weight.
-        heavier: Whether a is known to be the heavier one throughout.
+        a_is_heavier: Whether this is known of all components, which saves time.
     """
     d = (b[0] - a[0]) + (b[1] - a[1])
-    if heavier:
+    if a_is_heavier:
         return two_sum(a[0], torch.addcmul(a[1], share, d)), d
-    # From the heavier side: a light one may be far away, and its last digit then coarser than all of the other.
+    # Step from the heavier mean: the lighter one may be so large that its last digit is coarser than the other's.
     from_a = share < 0.5
     step = torch.where(from_a, a[1] + share * d, b[1] - (1 - share) * d)
     return two_sum(torch.where(from_a, a[0], b[0]), step), d
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a + b as the nearest float, and exactly what that leaves.
+    """Returns a + b, rounded, and the exact rounding error.
 
     Knuth, "The Art of Computer Programming", volume 2, section 4.2.2, theorem B.
     """

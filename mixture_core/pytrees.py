@@ -16,8 +16,8 @@ def pytree(cls: type[Record]) -> type[Record]:
 
     Place it above a visible `@attrs.frozen(eq=False, kw_only=True)`. The `__init__` that attrs generates for a frozen
     class cannot be traced by torch.compile, so that this one takes its place. Fields with the metadata STATIC must hash
-    and compare; all others are subtrees. A default must be a `attrs.Factory(..., takes_self=True)`. Fields may not have
-    validators or converters: torch rebuilds records with placeholders in the place of tensors.
+    and compare; all others are subtrees. A default must be an `attrs.Factory(..., takes_self=True)`. Fields may not
+    have validators or converters: torch rebuilds records with placeholders in the place of tensors.
     """
     fields = attrs.fields(cls)  # type: ignore[arg-type]  # mypy cannot know that the class is an attrs class
     names = tuple(field.name for field in fields)
@@ -29,7 +29,9 @@ def pytree(cls: type[Record]) -> type[Record]:
     # It must not close over `cls`: a compiled vmap fails on that.
     def __init__(self: Any, **values: Any) -> None:
         if not set(names) - set(defaults) <= set(values) <= set(names):
-            raise TypeError(f"`{class_name}` takes exactly {', '.join(names)} by keyword, got {', '.join(values)}.")
+            optional = f" ({', '.join(defaults)} may be left out)" if defaults else ""
+            wanted = f"exactly {', '.join(names)} by keyword{optional}"
+            raise TypeError(f"`{class_name}` takes {wanted}, got {', '.join(values)}.")
         for name in names:
             object.__setattr__(self, name, values[name] if name in values else defaults[name](self))
 

@@ -1,4 +1,4 @@
-"""Components that are wasted go to where they are missed, by the moments alone."""
+"""Moves wasted components to where they are needed, from the moments alone."""
 
 import math
 from typing import NamedTuple
@@ -13,16 +13,16 @@ from mixture_core.moments import Moments, merge_exactly, safe_divide, two_sum
 from mixture_core.step import MixtureState
 
 DEAD = 0.01  # share of the weight, times K, below which a component is dead
-MARGIN = 2.0  # a split must gain this many times what the merger costs
+MARGIN = 2.0  # a split must gain more than this many times what the merger costs
 MOVES = 4  # most moves at one time; K / 8 if that is more
 ITERATIONS = 3  # of the power method
-HALF = 2 / math.pi  # squared distance of the mean of a standard normal's half from 0
+HALF = 2 / math.pi  # square of the mean of a standard normal's positive half
 
 
 class _Mergers(NamedTuple):
     cost: Tensor  # (K,) inertia that removing a component adds
-    neighbor: Tensor  # (K,) what it is best merged with
-    dead: Tensor  # (K,) whether nothing would miss it
+    neighbor: Tensor  # (K,) the component that it is cheapest to merge with
+    dead: Tensor  # (K,) whether it has almost no weight
 
 
 def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
@@ -35,12 +35,11 @@ def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
     and lowers the inertia by w_k |s|^2. Merging component j with its neighbor i raises it by
     w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the largest gain is more than twice the least cost, j is merged into i and
     takes one half of k, which is split across its principal axis. A component with less than 0.01 / K of the weight is
-    dead: moving it costs nothing, and its weight is dropped. All dead components, up to 8, are moved at one time,
-    each to a split of its own; if none is dead, one component is moved at most. The mean and the covariance of all
-    components together stay what they were, but for dropped weight.
+    dead: moving it costs nothing, and its weight is dropped. Up to max(4, K / 8) components move at one time, dead ones
+    first. Apart from dropped weight, the mean and the covariance of all components together do not change.
 
-    Call it between steps, every `config.window` of them: until then a moved component has not shown what it
-    is worth. Nothing moves if `relocate` is false, without `mode: ema`, or with labels.
+    Call it between steps, once every `config.window` of them: a moved component needs that long to gather weight.
+    Nothing moves if `relocate` is false, outside `mode: ema`, or with labels.
 
     Args:
         state: From `init` or `step`.
@@ -77,7 +76,7 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
     looking, plain = looks(m.weight, m.covariance), is_plain(m.weight, m.mean, m.covariance, state.residual)
     mergers, variance = _mergers(m), m.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=1)
     if looking and not (m.weight * variance).max() * HALF > MARGIN * mergers.cost.min():
-        return state, n_relocated  # as mostly: a principal axis has no more than the whole variance
+        return state, n_relocated  # the usual case: the largest eigenvalue is at most the trace
 
     if lower:
         complete_(m.covariance)
@@ -86,14 +85,14 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
         donor = torch.where(mergers.dead, m.pi - 1, mergers.cost).argmin()[None]
         neighbor, dies = mergers.neighbor[donor], mergers.dead[donor]
         size = shift.square().sum(dim=1)
-        apart = size > (8 * torch.finfo(size.dtype).eps) ** 2 * m.mean.square().sum(dim=1)  # or the halves coincide
+        apart = size > (8 * torch.finfo(size.dtype).eps) ** 2 * m.mean.square().sum(dim=1)  # else halves would coincide
         splits = apart & ~mergers.dead & (k != donor) & ((k != neighbor) | dies)
         gain = torch.where(splits, m.weight * size, 0.0)
         target = gain.argmax()[None]
         moves = gain[target] > MARGIN * mergers.cost[donor]
         if looking and not moves:
             break
-        if plain and n == 0:  # what is written to from here on
+        if plain and n == 0:  # from here on it is written to
             state = tree_map(torch.clone, state)
 
         union = torch.where(dies, donor, neighbor)
@@ -101,8 +100,10 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
         state = _put(state, union, merged, moves & ~dies, in_place=plain)
         halves = torch.cat([target, donor])
         state = _put(state, halves, _halves(_at(state, target), shift[target]), moves, in_place=plain)
-        n_relocated, m, changed = n_relocated + moves[0], state.moments, torch.cat([union, halves])
-        mergers, shift = _mergers(m), shift.index_put((changed,), _half_shift(m.covariance[changed]))
+        n_relocated = n_relocated + moves[0]
+        m, changed = state.moments, torch.cat([union, halves])
+        mergers = _mergers(m)
+        shift = shift.index_put((changed,), _half_shift(m.covariance[changed]))
     return state, n_relocated
 
 
@@ -115,7 +116,7 @@ def _mergers(m: Moments) -> _Mergers:
 
 
 def _half_shift(covariance: Tensor) -> Tensor:
-    """How far the mean of a half lies from the whole's, (K, D), by a few power iterations from the largest column."""
+    """The shift of a half's mean from the whole's, (K, D), by a few power iterations from the largest column."""
     D = covariance.shape[-1]
     largest = covariance.diagonal(dim1=-2, dim2=-1).argmax(dim=1)
     v = covariance.gather(1, largest[:, None, None].expand(-1, 1, D))[:, 0]
@@ -123,7 +124,7 @@ def _half_shift(covariance: Tensor) -> Tensor:
         v = safe_divide(v, v.abs().amax(dim=1, keepdim=True))  # not by the norm, whose square could overflow
         axis, v = v, (covariance @ v[:, :, None])[:, :, 0]
     spread = (axis * v).sum(dim=1, keepdim=True)
-    return safe_divide(v, spread.sqrt()) * HALF**0.5  # sqrt(1 / spread) could overflow
+    return safe_divide(v, spread.sqrt()) * math.sqrt(HALF)  # sqrt(1 / spread) could overflow
 
 
 def _halves(whole: tuple[Moments, Tensor], shift: Tensor) -> tuple[Moments, Tensor]:
@@ -135,9 +136,8 @@ def _halves(whole: tuple[Moments, Tensor], shift: Tensor) -> tuple[Moments, Tens
 
 
 def _at(state: MixtureState, index: Tensor) -> tuple[Moments, Tensor]:
-    m = state.moments
-    moments = Moments(weight=m.weight[index], mean=m.mean[index], covariance=m.covariance[index])
-    return moments, state.residual[index]
+    found: tuple[Moments, Tensor] = tree_map(lambda tensor: tensor[index], (state.moments, state.residual))
+    return found
 
 
 def _put(
@@ -149,8 +149,5 @@ def _put(
         value = torch.where(really.view(-1, *[1] * (old.ndim - 1)), new, old[index])
         return old.index_put_((index,), value) if in_place else old.index_put((index,), value)
 
-    (new, residual), m = values, state.moments
-    moments = Moments(
-        weight=put(m.weight, new.weight), mean=put(m.mean, new.mean), covariance=put(m.covariance, new.covariance)
-    )
-    return MixtureState(config=state.config, moments=moments, residual=put(state.residual, residual))
+    moments, residual = tree_map(put, (state.moments, state.residual), values)
+    return MixtureState(config=state.config, moments=moments, residual=residual)

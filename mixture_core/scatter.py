@@ -68,20 +68,19 @@ def _whole(moments: Moments, residual: Tensor) -> Moments:
 def absorb(
     history: Moments, residual: Tensor, x: Tensor, index: Tensor, *, work: Workspace | None = None
 ) -> tuple[Moments, Tensor]:
-    """Returns merge(history, batch_moments(x, R)) where R gives each row to one component; and its means' residual.
+    """Returns merge(history, batch_moments(x, R)) for rows that belong to one component each, and the means' residual.
 
     Rows are sorted by component and enter one product each: the work is N D^2 multiply-adds whatever K is, or half of
     it, and no derivative is lost: those are taken of `merge` and `batch_moments`. Large batches are merged chunk by
-    chunk, since a float32 sum of a million squares has lost its last three digits.
+    chunk, since a float32 sum of a million squares loses its last three digits.
 
     Args:
         history: The moments so far.
-        residual: (K, D) what rounding took from the history's means.
+        residual: (K, D) rounding error of the history's means.
         x: (N, D) embeddings.
         index: (N,) integers, the component of each row; K where it counts for nothing, and may hold anything.
         work: Memory to use where `is_plain`; its covariance may be the history's. The upper triangle of the new
             covariance is then left undefined, and that of the history's is not read.
-
     """
     if x.shape[0] == 0:
         kept = history.covariance.clone() if work is None else work.covariance.copy_(history.covariance)
@@ -132,11 +131,11 @@ def _hard_index(R: Tensor) -> Tensor | None:
 
 
 def _moments(x: Tensor, R: Tensor) -> tuple[Moments, Tensor]:
-    """`batch_moments` where rows that are not usable have R = 0; what rounding took from its means comes apart."""
+    """`batch_moments` for R that is 0 on unusable rows; the rounding error of its means is returned separately."""
     usable = usable_rows(x)
     x, center, weight = torch.where(usable[:, None], x, 0.0), middle_row(x, usable), R.sum(dim=0)
     mean = torch.where(weight[:, None] > 0, center + component_means(x - center, R).detach(), 0.0)
-    # About the means: differences from them are exact, and what rounding took from them is in `sums`, derivatives too.
+    # Differences from the rounded means are exact. Their sums hold the means' rounding error, and its derivatives.
     sums, scatter = _scatter(x, R, mean)
     lost = safe_divide(sums, weight[:, None])
     covariance = safe_divide(scatter, weight[:, None, None]) - lost[:, :, None] * lost[:, None, :]

@@ -39,9 +39,9 @@ def advance_share(
         state: The same on all ranks.
         embeddings: (N, D) this rank's rows; N may differ between ranks and be 0.
         labels: (N,) integers; only looked at where responsibilities come from them.
-        total: Adds a tensor up over all ranks, each of which calls it as often, and with the same shapes.
+        total: Sums a tensor over all ranks. All ranks call it equally often, with the same shapes.
         continues: As in `advance`.
-        work: As in `advance`; of the state's covariance's own memory it must be another.
+        work: As in `advance`; it must not be the memory of the state's covariance.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -54,7 +54,7 @@ def advance_share(
     given = labelled(x, as_labels(labels, N=N, device=x.device), K) if config.uses_labels else None
     centroids = moments.mean.double() + residual
     for _ in range(config.max_assign_iters - 1 if given is None else 0):
-        away, count, mean, _, _ = _members(x, centroids, None)
+        _, count, mean, _, _ = _members(x, centroids, None)
         sums = total(torch.cat([count, count * mean], dim=1))
         centroids = centroids + safe_divide(sums[:, 1:], sums[:, :1])
     away, count, mean, index, R = _members(x, centroids, given)
@@ -103,7 +103,7 @@ def _of_rows(of_components: Tensor, index: Tensor) -> Tensor:
 def _with_scatter(
     before: Moments, residual: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, out: Tensor
 ) -> tuple[Moments, Tensor]:
-    """What `merge_exactly` returns, where the batch's scatter is packed, its mean float64; the lower triangle alone."""
+    """What `merge_exactly` returns, from a packed scatter and a float64 mean; only the lower triangle is right."""
     weight = before.weight + count
     share, kept = safe_divide(count, weight), torch.where(weight > 0, safe_divide(before.weight, weight), 1.0)
     near = mean.to(before.mean.dtype)

@@ -21,7 +21,7 @@ class MixtureState:
 
     config: MixtureConfig = attrs.field(metadata=STATIC)
     moments: Moments  # weight (K,), mean (K, D), covariance (K, D, D)
-    # (K, D) what rounding took from the means: a long window moves them by less than their last digit. 0 if left out.
+    # (K, D) rounding error of the means, so that steps smaller than a mean's last digit still add up. Zero if left out.
     residual: Tensor = attrs.field(default=attrs.Factory(lambda self: torch.zeros_like(self.moments.mean), True))
 
 
@@ -91,9 +91,8 @@ def advance(
         state: From `init` or the step before.
         embeddings: As in `step`.
         labels: As in `step`.
-        continues: Whether the batch is a further part of the one that the state has seen last: then nothing decays.
-            Where it is one, but maybe the first with a usable row, () bool says whether it is
-            not: what was idle has not decayed anything.
+        continues: Whether the batch is a further part of the last step, which then does not decay again. If only the
+            device knows, a () bool tensor: false if no earlier part had a usable row, since idle parts decay nothing.
         work: Memory, as in `absorb`; None is new memory. Where it is given, only the lower triangle of the new
             covariance is right, and only that of the state's has to be.
 
@@ -105,7 +104,8 @@ def advance(
     x, (moments, residual) = match(state, embeddings)
     index, R = _members(config, x, moments, labels, iterations=config.max_assign_iters, work=work)
     n_ignored = (index == config.K).sum()
-    keep = continues or bool(n_ignored == x.shape[0]) if looks(index) else (n_ignored == x.shape[0]) | continues
+    idle = n_ignored == x.shape[0]
+    keep = bool(idle | continues) if looks(index) else idle | continues
     before, residual = history(config, moments, residual, keep=keep)
     new, residual = absorb(before, residual, x, index, work=work)
     stats = StepStats(moments=new, R=R, n_ignored=n_ignored)
@@ -163,8 +163,8 @@ def history(
         config: The choices.
         moments: So far.
         residual: (K, D) of their means.
-        keep: Whether to return them as they are, a bool or () of it: an idle step, one without a usable row, decays and
-            forgets nothing, nor does a further part of a step.
+        keep: Whether to return them as they are, a bool or () tensor: true for a batch without a usable row and for a
+            further part of a step, since neither decays or forgets anything.
     """
     if keep is True:
         return moments, residual
@@ -173,7 +173,8 @@ def history(
         weight = decayed.weight if keep is False else torch.where(keep, moments.weight, decayed.weight)
         return Moments(weight=weight, mean=moments.mean, covariance=moments.covariance), residual
     kept = keep.to(moments.weight.dtype) if isinstance(keep, Tensor) else 0.0
-    centroids = kept if config.uses_labels else 1.0
-    return Moments(
-        weight=moments.weight * kept, mean=moments.mean * centroids, covariance=moments.covariance * kept
-    ), residual * centroids
+    kept_mean = kept if config.uses_labels else 1.0
+    forgotten = Moments(
+        weight=moments.weight * kept, mean=moments.mean * kept_mean, covariance=moments.covariance * kept
+    )
+    return forgotten, residual * kept_mean

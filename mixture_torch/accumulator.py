@@ -41,7 +41,7 @@ class Start(NamedTuple):
     state: MixtureState
     waiting: Tensor | None = None  # (n, D) rows that go on waiting for more to start from
     anew: bool = False  # whether the state has seen no batch
-    n_relocated: Tensor | None = None  # () components that have just been moved; None if it was not time to
+    n_relocated: Tensor | None = None  # () components moved before this step; None if no move was due
 
 
 class Accumulator:
@@ -67,8 +67,8 @@ class Accumulator:
         self._last: ExactStats | None = None
         self._token: object = None  # of the step that is under way
         self._early: list[Batch] = []  # its batches that came before there were enough rows to start from
-        self._is_counted = False  # whether that step is, in `standing`: the first part with a usable row does it
-        self._sizes: list[int | Tensor] = []  # rows of each step since then, up to the end of a window
+        self._is_counted = False  # whether `n_steps` already counts that step, from its first part with a usable row on
+        self._rows_of_steps: list[int | Tensor] = []  # until the first window has been checked
 
     def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None = None) -> Updated:
         """Returns what comes of one more batch; of one more part of the last one, where it has the same token.
@@ -167,7 +167,7 @@ class Accumulator:
         step = self._captured(start.state, batch) if start.state is self.standing.state and not continues else None
         state, stats, report = step or (*self._advance(start, batch, total, continues=continues), None)
         idle = step is None and _is_idle(stats, batch.n_rows)
-        if idle and start.n_relocated is not None:  # a batch that counts for nothing leaves the state
+        if idle and start.n_relocated is not None:  # it must not change the state: undo the move
             start = Start(to_device(cast(MixtureState, self.standing.state), batch.x.device))
             state, stats = self._advance(start, batch, total, continues=continues)
         if self._config.strict and (n_ignored := int(stats.n_ignored)):
@@ -220,36 +220,38 @@ class Accumulator:
         idle: bool = False,
     ) -> Updated:
         """Makes the step the estimator's, and returns its statistics for the reader."""
-        # Graphs are captured for two memories: what `move` has made is no third one.
-        old = start.state if start.n_relocated is None or self.standing.state is None else self.standing.state
+        # CUDA graphs know two memories: reuse the one from before the move, not the copy that `move` has made.
+        old = start.state if start.n_relocated is None else cast(MixtureState, self.standing.state)
         shown = self._memory.hand_out(stats, rows, start.n_relocated, before=old.moments.covariance)
         if report is None and stats.moments.weight.is_cuda:
             report = Report.of(shown)
-        if not continues:
-            self._is_counted = False
         if not self._is_scarcity_checked:
-            self._sizes[-1 if continues else len(self._sizes) :] = [rows.N]
-        counts = start.waiting is None and not idle and not self._is_counted
-        self._is_counted |= counts
+            if continues:
+                self._rows_of_steps.pop()
+            self._rows_of_steps.append(rows.N)
+        is_counted = continues and self._is_counted
+        counts = start.waiting is None and not idle and not is_counted
+        self._is_counted = is_counted or counts
         self.standing, self._last = Standing(state, start.waiting, self.standing.n_steps + counts), shown
         self._n_updates += 1
         return Updated(shown, report, rows.N)
 
     def scarce_rows(self) -> int | None:
-        """Returns how many rows the first whole window had, once, if these are too few for K; otherwise None."""
-        if self._is_scarcity_checked or len(self._sizes) < self._config.window:
+        """Returns the number of rows in the first whole window if it is too small for K, once; otherwise None."""
+        steps = self._rows_of_steps
+        if self._is_scarcity_checked or len(steps) < self._config.window:
             return None
-        whole = self._sizes if self._token is None else self._sizes[:-1]  # a step with a token may have further parts
+        whole = steps if self._token is None else steps[:-1]  # a step with a token may have further parts
         whole = [N for N in whole if isinstance(N, Tensor) or N > 0]
         if len(whole) < self._config.window:
             return None
-        self._is_scarcity_checked, self._sizes = True, []
+        self._is_scarcity_checked, self._rows_of_steps = True, []
         with may_wait():  # for a GPU, once, if ranks reduce
             n_rows = int(sum(whole))
         return n_rows if n_rows < SEEDING_ROWS * self._config.K else None
 
     def _is_due(self, *, continues: bool) -> bool:
-        """Whether a step begins that is the first of a window, before which components may be moved."""
+        """Whether components may move now, before the first step of a new window."""
         n_steps, begun = self.standing.n_steps, continues and self._is_counted
         return self._config.relocates and not begun and n_steps > 0 and n_steps % self._config.window == 0
 
@@ -278,7 +280,7 @@ class Accumulator:
 
 
 def _is_idle(stats: StepStats, n_rows: int | Tensor) -> bool:
-    """Whether no row of a batch is usable; on a GPU, where nobody waits, only whether there is none."""
+    """Whether a batch has no usable row; on a GPU, for which nobody waits, whether it has no row."""
     if stats.n_ignored.is_cuda:
         return isinstance(n_rows, int) and n_rows == 0
     return int(stats.n_ignored) == int(n_rows)

@@ -19,7 +19,7 @@ class Standing(NamedTuple):
 
     state: MixtureState | None = None  # None before the first update
     waiting: Tensor | None = None  # (n, D) rows until there are enough to start from, n < SEEDING_ROWS K; None where so
-    n_steps: int = 0  # since the start: components are moved every so many
+    n_steps: int = 0  # since the start; relocation counts windows by it
 
     @property
     def D(self) -> int | None:
@@ -93,7 +93,7 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
 
     Raises:
         TypeError: It is no mapping.
-        ValueError: Keys are missing or unknown, or the state is of another version, K, D, mode, assigner or shape.
+        ValueError: Keys are missing or unknown, the version is unknown, or K, D, mode, assigner or a shape differ.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
@@ -102,7 +102,7 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
         keys = ", ".join(map(str, state_dict))
         raise ValueError(f"The state_dict must have the keys {', '.join(wanted)}, got {keys}.")
-    for key in ("version", "K", "mode", "assigner")[1 if old else 0 :]:
+    for key in ("K", "mode", "assigner") if old else ("version", "K", "mode", "assigner"):
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
             raise ValueError(f"The state_dict must have {key} {wanted[key]!r}, got {_shown(state_dict[key])}.")
     K, rows = config.K, SEEDING_ROWS * config.K
@@ -136,7 +136,7 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
 
 
 def _checksum_2(weight: Tensor, mean: Tensor, covariance: Tensor) -> int:
-    """The checksum of version 2."""
+    """The checksum as version 2 computed it."""
     parts = weight, mean, covariance.diagonal(dim1=-2, dim2=-1)
     return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
 

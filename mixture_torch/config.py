@@ -15,7 +15,7 @@ from mixture_core.config import as_integer, boolean, boolean_or, integer, one_of
 FOREIGN_KEYS = {
     "topR": "all K responsibilities are kept",
     "pi_floor": "weights are never floored, and a dead component is moved (`relocate`)",
-    "revive_below": "`relocate: false` is what 0 was, and any other value is the default",
+    "revive_below": "`relocate` has replaced it; use `relocate: false` instead of 0, and leave out any other value",
     "K_subsample": "every row of a batch counts",
 }
 

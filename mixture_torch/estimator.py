@@ -207,9 +207,10 @@ class MixtureStats:
             self._warn_of_ignored(int(updated.stats.n_ignored), int(updated.n_rows), stacklevel=CALLER)
         stats = self._show(updated)
         if (n_rows := self._accumulator.scarce_rows()) is not None:
+            core = self._config.core
             warnings.warn(
-                f"K={self._config.K} is too large for the {n_rows} rows of a window ({self._config.window} steps): it "
-                f"needs {SEEDING_ROWS * self._config.K}. Use a smaller K, larger batches or a longer window.",
+                f"K={core.K} is too large: the first window, {core.window} steps, had {n_rows} rows, fewer than "
+                f"4 K = {SEEDING_ROWS * core.K}. Use a smaller K, larger batches or a larger `ema_decay`.",
                 stacklevel=CALLER,
             )
         return stats

@@ -131,6 +131,7 @@ class ExactStats(StepStats):
     KEYS: ClassVar[tuple[str, ...]] = (*StepStats.KEYS, "n_relocated")
 
 
+# After attrs, which would take a descriptor in the class body for a default.
 for _name in ("R", "n_ignored", "n_relocated"):
     setattr(ExactStats, _name, _Read(_name))
 
@@ -178,8 +179,9 @@ class Memory:
         }
         self._readers[id(m.covariance)].add(triangle)
         moments = ExactMoments(weight=cast(Tensor, weight), mean=cast(Tensor, mean), covariance=triangle)
-        none: Any = Own(partial(torch.zeros, (), dtype=torch.int64, device=m.covariance.device))
-        moved = none if n_relocated is None else n_relocated
+        # Made only if somebody reads it: no kernel launch per step.
+        zero: Any = Own(partial(torch.zeros, (), dtype=torch.int64, device=m.covariance.device))
+        moved = zero if n_relocated is None else n_relocated
         shown = ExactStats(moments=moments, R=stats.R, n_ignored=stats.n_ignored, n_relocated=moved)
         object.__setattr__(shown, "rows", rows)
         return shown

@@ -139,8 +139,9 @@ class Reference:
         assert int(n) == n_relocated, "the state alone says what is moved"
         m = self.moments
         self.moments = _double(state.moments)
-        alive = m.weight >= 0.01 / self.config.K * m.weight.sum() * (1 + FLOAT32)
-        kept = m if alive.all() else Moments(weight=m.weight * alive, mean=m.mean, covariance=m.covariance)
+        light = m.weight < 0.01 / self.config.K * m.weight.sum() * (1 + FLOAT32)
+        dropped = light & (state.moments.mean != self.before.moments.mean).any(dim=1)
+        kept = Moments(weight=torch.where(dropped, 0.0, m.weight), mean=m.mean, covariance=m.covariance)
         whole, wanted = oracle_derived(_whole(self.moments)), oracle_derived(_whole(kept))
         for key, unit in (("mu", self.unit), ("Sigma", self.unit**2)):
             error = float((whole[key] - wanted[key]).abs().max())

@@ -122,7 +122,7 @@ def test_parts_of_a_step_count_once_and_move_once() -> None:
 
 
 def test_the_old_key_is_told_what_took_its_place() -> None:
-    with pytest.raises(ValueError, match=r"^`revive_below` is not an option here: `relocate: false` is what 0 was"):
+    with pytest.raises(ValueError, match=r"^`revive_below` is not an option here: `relocate` has replaced it"):
         MixtureRuntimeConfig.from_mapping({"revive_below": 0.01})
 
 
@@ -149,8 +149,8 @@ def said(wrapper: MixtureStats, sizes: list[int], *, parts: int = 1) -> list[str
 def test_window_with_too_few_rows_for_K_is_remarked_once(options: dict[str, Any], N: int, n_rows: int) -> None:
     wrapper = estimator(**options)
     (line,) = said(wrapper, [N] * 30)
-    assert line.startswith(f"K={options['K']} is too large for the {n_rows} rows of a window")
-    assert f"it needs {4 * options['K']}" in line
+    assert line.startswith(f"K={options['K']} is too large: the first window, ")
+    assert f"had {n_rows} rows, fewer than 4 K = {4 * options['K']}." in line
     assert said(wrapper, [N] * 30) == []
 
 
