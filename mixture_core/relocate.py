@@ -1,7 +1,6 @@
 """Moves wasted components to where they are needed, from the moments alone."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +16,6 @@ MARGIN = 2.0  # a split must gain more than this many times what the merger cost
 MOVES = 4  # most moves at one time; K / 8 if that is more
 ITERATIONS = 3  # of the power method
 HALF = 2 / math.pi  # square of the mean of a standard normal's positive half
-
-
-class _Mergers(NamedTuple):
-    cost: Tensor  # (K,) inertia that removing a component adds
-    neighbor: Tensor  # (K,) the component that it is cheapest to merge with
-    dead: Tensor  # (K,) whether it has almost no weight
 
 
 def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
@@ -74,22 +67,26 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
     if not state.config.relocates or K == 1:
         return state, n_relocated
     looking, plain = looks(m.weight, m.covariance), is_plain(m.weight, m.mean, m.covariance, state.residual)
-    mergers, variance = _mergers(m), m.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=1)
-    if looking and not (m.weight * variance).max() * HALF > MARGIN * mergers.cost.min():
+    dead = m.pi < DEAD / K
+    cost, neighbors = _mergers(m)
+    variance = m.weight * m.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=1)
+    if looking and not variance.max() * HALF > MARGIN * torch.where(dead, 0.0, cost).min():
         return state, n_relocated  # the usual case: the largest eigenvalue is at most the trace
 
     if lower:
         complete_(m.covariance)
     k, shift = torch.arange(K, device=m.weight.device), _half_shift(m.covariance)
+    healthy, is_half = variance.sum().isfinite(), torch.zeros_like(dead)
     for n in range(max(MOVES, K // 8)):
-        donor = torch.where(mergers.dead, m.pi - 1, mergers.cost).argmin()[None]
-        neighbor, dies = mergers.neighbor[donor], mergers.dead[donor]
+        cost = torch.where(is_half, torch.inf, torch.where(dead, 0.0, cost))
+        donor = torch.where(dead, m.pi - 1, cost).argmin()[None]
+        neighbor, dies = neighbors[donor], dead[donor]
         size = shift.square().sum(dim=1)
         apart = size > (8 * torch.finfo(size.dtype).eps) ** 2 * m.mean.square().sum(dim=1)  # else halves would coincide
-        splits = apart & ~mergers.dead & (k != donor) & ((k != neighbor) | dies)
+        splits = healthy & apart & ~dead & (k != donor) & ((k != neighbor) | dies)
         gain = torch.where(splits, m.weight * size, 0.0)
         target = gain.argmax()[None]
-        moves = gain[target] > MARGIN * mergers.cost[donor]
+        moves = gain[target] > MARGIN * cost[donor]
         if looking and not moves:
             break
         if plain and n == 0:  # from here on it is written to
@@ -101,18 +98,21 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
         halves = torch.cat([target, donor])
         state = _put(state, halves, _halves(_at(state, target), shift[target]), moves, in_place=plain)
         n_relocated = n_relocated + moves[0]
+        dead = dead & ~(moves & (k == donor))
+        is_half = is_half | (moves & ((k == donor) | (k == target)))
         m, changed = state.moments, torch.cat([union, halves])
-        mergers = _mergers(m)
+        cost, neighbors = _mergers(m)
         shift = shift.index_put((changed,), _half_shift(m.covariance[changed]))
     return state, n_relocated
 
 
-def _mergers(m: Moments) -> _Mergers:
-    w, dead = m.weight, m.pi < DEAD / len(m.weight)
-    distance = torch.cdist(m.mean, m.mean, compute_mode="donot_use_mm_for_euclid_dist")
+def _mergers(m: Moments) -> tuple[Tensor, Tensor]:
+    """The inertia that removing each component adds, (K,), and which one it is cheapest to merge with, (K,)."""
+    w, mean = m.weight.detach(), m.mean.detach()
+    distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
     each = safe_divide(w[:, None] * w, w[:, None] + w) * distance.square()
     cost, neighbor = torch.where(torch.eye(len(w), dtype=torch.bool, device=w.device), torch.inf, each).min(dim=1)
-    return _Mergers(torch.where(dead, 0.0, cost), neighbor, dead)
+    return cost, neighbor
 
 
 def _half_shift(covariance: Tensor) -> Tensor:
@@ -124,7 +124,9 @@ def _half_shift(covariance: Tensor) -> Tensor:
         v = safe_divide(v, v.abs().amax(dim=1, keepdim=True))  # not by the norm, whose square could overflow
         axis, v = v, (covariance @ v[:, :, None])[:, :, 0]
     spread = (axis * v).sum(dim=1, keepdim=True)
-    return safe_divide(v, spread.sqrt()) * math.sqrt(HALF)  # sqrt(1 / spread) could overflow
+    positive = spread > 0
+    root = torch.where(positive, spread, 1.0).sqrt()  # which has a gradient everywhere; sqrt(1 / spread) could overflow
+    return torch.where(positive, v / root, 0.0) * math.sqrt(HALF)
 
 
 def _halves(whole: tuple[Moments, Tensor], shift: Tensor) -> tuple[Moments, Tensor]:

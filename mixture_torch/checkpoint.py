@@ -98,7 +98,7 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
     wanted = to_state_dict(config, Standing(), dim=None)
-    old = state_dict.get("version") == 2
+    old = type(version := state_dict.get("version")) is int and version == 2
     if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
         keys = ", ".join(map(str, state_dict))
         raise ValueError(f"The state_dict must have the keys {', '.join(wanted)}, got {keys}.")
@@ -152,9 +152,10 @@ def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None) -> i
 def _tensor(state_dict: Mapping[str, Any], key: str, *shape: int) -> Tensor:
     """A copy of a tensor of the state_dict as float32."""
     tensor = state_dict[key]
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != shape:
+    usable = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    if not isinstance(tensor, Tensor) or not (usable and tensor.is_floating_point() and tuple(tensor.shape) == shape):
         came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else _shown(tensor)
-        raise ValueError(f"The state_dict must have a real tensor of shape {shape} as {key}, got {came}.")
+        raise ValueError(f"The state_dict must have a dense real tensor of shape {shape} as {key}, got {came}.")
     return tensor.detach().to(torch.float32, copy=True)
 
 

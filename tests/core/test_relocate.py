@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, relocate, step
 from mixture_core.relocate import DEAD, MOVES
@@ -147,6 +147,22 @@ def test_a_state_without_weight_moves_nothing() -> None:
     assert relocate(state_of(gaussians(0).means, weight=torch.zeros(K)))[1] == 0
 
 
+def test_halves_of_a_light_component_are_not_dead() -> None:
+    weight, mean = torch.tensor([100.0, 0.0, 0.8, 100.0]), torch.tensor([[0.0], [3.0], [50.0], [10.0]])
+    moments = Moments(weight=weight, mean=mean, covariance=torch.tensor([1.0, 1.0, 1e6, 1.0])[:, None, None])
+    new, _ = relocate(MixtureState(config=MixtureConfig(K=4), moments=moments))
+    before = whole(moments, torch.tensor([True, False, True, True]))
+    assert_moments_close(whole(new.moments), before, FLOAT32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_state_moves_nothing(value: float) -> None:
+    state, _ = with_dead(2)
+    state.moments.covariance[5, 0, 0] = value
+    assert relocate(state)[1] == 0
+    assert vmap(relocate)(stack(state))[1] == 0
+
+
 # What stays
 
 
@@ -228,6 +244,25 @@ def test_relocate_under_vmap_takes_what_is_shared() -> None:
     means, counts = vmap(moved)(weights)
     assert counts[0] == 2
     assert relative_error(means[0], relocate(state)[0].moments.mean) <= FLOAT32
+
+
+def test_derivatives_of_relocate_are_finite_in_both_directions() -> None:
+    state, _ = with_dead(2)
+    m = state.moments
+    m.covariance[1:3] = 0.0
+
+    def size(weight: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+        moments = Moments(weight=weight, mean=mean, covariance=covariance)
+        new, _ = relocate(MixtureState(config=state.config, moments=moments))
+        return new.moments.mean.square().sum() + new.moments.covariance.square().sum()
+
+    values = (m.weight.double(), m.mean.double(), m.covariance.double())
+    gradients = grad(size, argnums=(0, 1, 2))(*values)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    tangents = tuple(torch.ones_like(value) for value in values)
+    _, along = jvp(size, values, tangents)
+    expected = sum((gradient * tangent).sum() for gradient, tangent in zip(gradients, tangents, strict=True))
+    assert relative_error(along, torch.as_tensor(expected)) <= 1e-9
 
 
 def test_relocate_compiles_in_one_graph() -> None:
