@@ -67,8 +67,11 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
     if start.shape[0] < 1:
         raise ValueError(f"`centroids` must have shape (K, {x.shape[1]}), K at least 1, got {tuple(start.shape)}.")
     _check_count("iterations", iterations)
-    index, previous = _Rows(x, usable_rows(x)).lloyd(start, iterations=iterations)
-    return one_hot(index, len(start)).to(x.dtype), _means_exactly(x, index, previous)
+    usable = usable_rows(x)
+    for _ in range(iterations):
+        index = _Rows(x, usable).lloyd(start, iterations=1)
+        start = _means_exactly(x, index, start)
+    return one_hot(index, len(start)).to(x.dtype), start
 
 
 def nearest_means(
@@ -90,7 +93,7 @@ def nearest_means(
             centroids = kernels.component_means(x, *kernels.group(index, K), centroids)
         return kernels.nearest(x, centroids, with_responsibilities=True)
     rows = _Rows(x.detach(), rows_not_all_usable(x), work)
-    index, _ = rows.lloyd(centroids.detach(), iterations=iterations)
+    index = rows.lloyd(centroids.detach(), iterations=iterations)
     if rows.looks:  # in two calls instead of four
         return index, torch.eye(K + 1, K, dtype=x.dtype, device=x.device).index_select(0, index)
     return index, one_hot(index, K).to(x.dtype)
@@ -115,16 +118,17 @@ class _Rows:
             self._center = middle_row(x, usable)
             self._memory = torch.empty_like(x[:CHUNK]) if work is None else work.rows[0]
         self._held = -1  # start of the chunk that `_memory` holds, centered
+        self._reach: float | None = None  # largest |c|^2 if close centroids lie far from the center, 0 if not
         self._doubtful = 0  # rows that the last assignment had to repeat
         self._about: Tensor | None = None  # centered centroids, more exact than their difference; None if unknown
 
-    def lloyd(self, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
-        """Returns the last assignment, (N,), K if a row is not usable; and its centroids, (K, D)."""
+    def lloyd(self, centroids: Tensor, *, iterations: int) -> Tensor:
+        """Returns the last assignment, (N,), K if a row is not usable."""
         index = self._nearest(centroids)
         for _ in range(iterations - 1):
             centroids = self._means(index, centroids)
             index = self._nearest(centroids)
-        return index, centroids
+        return index
 
     def _nearest(self, centroids: Tensor) -> Tensor:
         centroids = centroids.detach()
@@ -133,26 +137,35 @@ class _Rows:
         else:
             about, self._doubtful = centroids - self._center if self._about is None else self._about, 0
             squares = about.square().sum(dim=1)
-            reach = float(squares.max())
-            far = len(about) > 1 and reach > FAR * float(torch.pdist(about).min()) ** 2
-            parts = []
-            for start in self._starts():
-                # The long side comes last in the product: a fifth faster, including the transposition.
-                distance = torch.addmm(squares[:, None], about, self._chunk(start).mT, alpha=-2).mT.contiguous()
-                nearest = distance.argmin(dim=1)
-                parts.append(self._without_doubt(start, centroids, distance, nearest, reach) if far else nearest)
+            if self._reach is None:  # once: a few iterations move centroids little
+                reach = float(squares.max())
+                is_far = len(about) > 1 and reach > FAR * float(torch.pdist(about).min()) ** 2
+                self._reach = reach if is_far else 0.0
+            parts = [
+                self._without_doubt(start, about, squares, centroids)
+                if self._reach
+                else self._distances(start, about, squares).argmin(dim=1)
+                for start in self._starts()
+            ]
             index = parts[0] if len(parts) == 1 else torch.cat(parts)
         return index if self._usable is None else torch.where(self._usable, index, len(centroids))
 
-    def _without_doubt(self, start: int, centroids: Tensor, distance: Tensor, nearest: Tensor, reach: float) -> Tensor:
+    def _without_doubt(self, start: int, about: Tensor, squares: Tensor, centroids: Tensor) -> Tensor:
         """The nearest centroids of one chunk, (M,), after assigning the doubtful rows again."""
+        distance = self._distances(start, about, squares)
+        nearest = distance.argmin(dim=1)
         own = nearest[:, None]
         gap = distance.scatter(1, own, torch.inf).amin(dim=1) - distance.gather(1, own)[:, 0]
-        doubtful = (gap <= ROUNDING * torch.finfo(gap.dtype).eps * reach).nonzero()[:, 0]
+        doubtful = (gap <= ROUNDING * torch.finfo(gap.dtype).eps * (self._reach or 0.0)).nonzero()[:, 0]
         self._doubtful += len(doubtful)
         if self._about is None:
             return nearest.index_copy(0, doubtful, _nearest_exactly(self._x[start + doubtful], centroids))
         return nearest.index_copy(0, doubtful, _nearest_exactly(self._chunk(start)[doubtful], self._about))
+
+    def _distances(self, start: int, about: Tensor, squares: Tensor) -> Tensor:
+        """The squared distances of one chunk but for |x|^2, (M, K)."""
+        # The long side comes last in the product: a fifth faster, including the transposition.
+        return torch.addmm(squares[:, None], about, self._chunk(start).mT, alpha=-2).mT.contiguous()
 
     def _means(self, index: Tensor, previous: Tensor) -> Tensor:
         if not self.looks or self._doubtful > len(self._x) / 2:  # groups lie very far apart
