@@ -88,8 +88,7 @@ def test_components_of_one_gaussian_come_to_rest() -> None:
 @pytest.mark.parametrize(("K", "D", "N"), STATIONARY)
 @pytest.mark.parametrize("decay", [0.9, 0.95, 0.99])
 def test_components_of_one_gaussian_come_to_rest_at_all_sizes(K: int, D: int, N: int, decay: float) -> None:
-    seeds = range(1 if D > 1000 and decay > 0.9 else 5)
-    shares = [late_share(gaussian(D, N, seed=seed), K=K, decay=decay) for seed in seeds]
+    shares = [late_share(gaussian(D, N, seed=seed), K=K, decay=decay) for seed in range(5)]
     print(f"K={K} D={D} N={N} decay={decay}: a move at {', '.join(f'{share:.2%}' for share in shares)} of the steps")
     # There a component has 320 rows of 2048 numbers: means of light ones are so noisy that rows avoid them.
     assert max(shares) <= (0.06 if (D, decay) == (2048, 0.9) else 0.01)
