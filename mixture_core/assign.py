@@ -117,7 +117,7 @@ class _Rows:
         if self.looks:
             self._center = middle_row(x, usable)
             self._memory = torch.empty_like(x[:CHUNK]) if work is None else work.rows[0]
-        self._held = -1  # start of the chunk that `_memory` holds, centered
+        self._held = -1  # start of the chunk that `_centered` is
         self._reach: float | None = None  # largest |c|^2 if close centroids lie far from the center, 0 if not
         self._doubtful = 0  # rows that the last assignment had to repeat
         self._about: Tensor | None = None  # centered centroids, more exact than their difference; None if unknown
@@ -188,12 +188,11 @@ class _Rows:
         return range(0, max(len(self._x), 1), CHUNK)
 
     def _chunk(self, start: int) -> Tensor:
-        rows = self._x[start : start + CHUNK]
-        memory = self._memory[: len(rows)]
         if self._held != start:
-            torch.sub(rows, self._center, out=memory)
+            rows = self._x[start : start + CHUNK]
+            self._centered = torch.sub(rows, self._center, out=self._memory[: len(rows)])
             self._held = start
-        return memory
+        return self._centered
 
 
 def _nearest_exactly(x: Tensor, centroids: Tensor) -> Tensor:
