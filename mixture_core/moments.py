@@ -129,13 +129,12 @@ def merge_means(
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a + b, rounded, and the exact rounding error.
+    """Returns a + b, rounded, and the rounding error: exact where |b| <= |a|, else to the last digit of b.
 
-    Knuth, "The Art of Computer Programming", volume 2, section 4.2.2, theorem B.
+    Dekker, "A floating-point technique for extending the available precision" (1971), section 4.
     """
     total = a + b
-    of_b = total - a
-    return total, (a - (total - of_b)) + (b - of_b)
+    return total, b - (total - a)
 
 
 def decay(moments: Moments, factor: float | Tensor) -> Moments:

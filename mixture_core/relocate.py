@@ -25,11 +25,12 @@ def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
 
         weight w_k / 2,  mean mu_k +- s,  covariance Sigma_k - s s^T,  s = sqrt(2 / pi) Sigma_k v / sqrt(v^T Sigma_k v)
 
-    and lowers the inertia by w_k |s|^2. Merging component j with its neighbor i raises it by
-    w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the largest gain is more than twice the least cost, j is merged into i and
-    takes one half of k, which is split across its principal axis. A component with less than 0.01 / K of the weight is
-    dead: moving it costs nothing, and its weight is dropped. Up to max(4, K / 8) components move at one time, dead ones
-    first. Apart from dropped weight, the mean and the covariance of all components together do not change.
+    and lowers the inertia by w_k |s|^2. Where samples are few per dimension, s leaves out what of v^T Sigma_k v is
+    noise. Merging component j with its neighbor i raises the inertia by w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the
+    largest gain is more than twice the least cost, j is merged into i and takes one half of k, which is split across
+    its principal axis. A component with less than 0.01 / K of the weight is dead: moving it costs nothing, and its
+    weight is dropped. Up to max(4, K / 8) components move at one time, dead ones first. Apart from dropped weight, the
+    mean and the covariance of all components together do not change.
 
     Call it between steps, once every `config.window` of them: a moved component needs that long to gather weight.
     Nothing moves if `relocate` is false, outside `mode: ema`, or with labels.
@@ -75,7 +76,10 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
 
     if lower:
         complete_(m.covariance)
-    k, shift = torch.arange(K, device=m.weight.device), _half_shift(m.covariance)
+    per_weight = (
+        1 + state.config.ema_decay
+    )  # samples: a decayed weight w is as exact as w (1 + ema_decay) plain samples
+    k, shift = torch.arange(K, device=m.weight.device), _half_shift(m.covariance, m.weight * per_weight)
     healthy, is_half = variance.sum().isfinite(), torch.zeros_like(dead)
     for n in range(max(MOVES, K // 8)):
         cost = torch.where(is_half, torch.inf, torch.where(dead, 0.0, cost))
@@ -102,7 +106,7 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
         is_half = is_half | (moves & ((k == donor) | (k == target)))
         m, changed = state.moments, torch.cat([union, halves])
         cost, neighbors = _mergers(m)
-        shift = shift.index_put((changed,), _half_shift(m.covariance[changed]))
+        shift = shift.index_put((changed,), _half_shift(m.covariance[changed], m.weight[changed] * per_weight))
     return state, n_relocated
 
 
@@ -115,18 +119,32 @@ def _mergers(m: Moments) -> tuple[Tensor, Tensor]:
     return cost, neighbor
 
 
-def _half_shift(covariance: Tensor) -> Tensor:
-    """The shift of a half's mean from the whole's, (K, D), by a few power iterations from the largest column."""
+def _half_shift(covariance: Tensor, n: Tensor) -> Tensor:
+    """The shift of a half's mean from the whole's, (K, D), across the axis that a few power iterations find.
+
+    Where n is not far above D, most of the largest variance is noise, and halves placed that far apart would both lose
+    their rows. So the variance along the axis is that of the covariance shrunk to a
+    multiple of the identity: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation"
+    (2010), equation 23.
+
+    Args:
+        covariance: (K, D, D).
+        n: (K,) number of samples it was estimated from.
+    """
     D = covariance.shape[-1]
-    largest = covariance.diagonal(dim1=-2, dim2=-1).argmax(dim=1)
-    v = covariance.gather(1, largest[:, None, None].expand(-1, 1, D))[:, 0]
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.mean(dim=1)
+    unit = safe_divide(covariance, scale[:, None, None])  # its trace is D: no square below can overflow
+    v = unit.gather(1, diagonal.argmax(dim=1)[:, None, None].expand(-1, 1, D))[:, 0]
     for _ in range(ITERATIONS):
-        v = safe_divide(v, v.abs().amax(dim=1, keepdim=True))  # not by the norm, whose square could overflow
-        axis, v = v, (covariance @ v[:, :, None])[:, :, 0]
-    spread = (axis * v).sum(dim=1, keepdim=True)
-    positive = spread > 0
-    root = torch.where(positive, spread, 1.0).sqrt()  # which has a gradient everywhere; sqrt(1 / spread) could overflow
-    return torch.where(positive, v / root, 0.0) * math.sqrt(HALF)
+        axis, v = v, (unit @ v[:, :, None])[:, :, 0]
+    along, length, squares = (axis * v).sum(dim=1), axis.square().sum(dim=1), unit.square().sum(dim=(1, 2))
+    noise, signal = (1 - 2 / D) * squares + D**2, (n + 1 - 2 / D) * (squares - D)
+    shrinkage = torch.where(signal > noise, safe_divide(noise, signal), 1.0)
+    variance = torch.lerp(along, length, shrinkage) * scale
+    positive = variance > 0
+    root = torch.where(positive, variance, 1.0).sqrt()  # which has a gradient everywhere
+    return (math.sqrt(HALF) * torch.where(positive, safe_divide(root, along), 0.0))[:, None] * v
 
 
 def _halves(whole: tuple[Moments, Tensor], shift: Tensor) -> tuple[Moments, Tensor]:

@@ -196,6 +196,18 @@ def test_covariances_stay_symmetric_and_positive(state: MixtureState) -> None:
     assert torch.linalg.eigvalsh(covariance).min() >= -FLOAT64 * 10 * (1 + covariance.abs().max())
 
 
+@pytest.mark.parametrize(("N", "D"), [(100, 400), (1000, 400), (100_000, 8)])
+def test_halves_lie_as_far_apart_as_the_true_variance_says_and_not_the_noise(N: int, D: int) -> None:
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    m = batch_moments(x, torch.stack([torch.ones(N), torch.zeros(N)], dim=1))
+    config = MixtureConfig(K=2, ema_decay=0.5)
+    weight = m.weight / (1 + config.ema_decay)  # so much decayed weight is as exact as N rows
+    state = MixtureState(config=config, moments=Moments(weight=weight, mean=m.mean, covariance=m.covariance))
+    moved, n_relocated = relocate(state)
+    assert n_relocated == 1
+    assert float(torch.pdist(moved.moments.mean)) == pytest.approx(2 * (2 / torch.pi) ** 0.5, rel=0.1)
+
+
 def test_relocate_writes_to_none_of_its_arguments() -> None:
     state, _ = with_dead(2)
     before = state_of(state.moments.mean)
