@@ -1,6 +1,7 @@
 """What a user chooses: `MixtureConfig`, checked when it is made."""
 
 import math
+import reprlib
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -8,6 +9,20 @@ from typing import Any, Literal
 import attrs
 
 Check = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+LONGEST = 80  # characters of a value in an error message
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # lists of aliases in a YAML file may stand for billions of elements
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = LONGEST
+
+
+def shown(value: object) -> str:
+    """Returns a value as an error message shows it: on one line, and cut to 80 characters."""
+    try:
+        text = " ".join(_SHORT.repr(value).split())
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def as_integer(value: int) -> int:
@@ -28,23 +43,23 @@ def integer(*, at_least: int, at_most: float = float("inf")) -> Check:
 
     def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"`{attribute.name}` must be an integer, got {value!r}.")
+            raise TypeError(f"`{attribute.name}` must be an integer, got {shown(value)}.")
         if value < at_least:
-            raise ValueError(f"`{attribute.name}` must be at least {at_least}, got {value}.")
+            raise ValueError(f"`{attribute.name}` must be at least {at_least}, got {shown(value)}.")
         if value > at_most:
-            raise ValueError(f"`{attribute.name}` must be at most {at_most}, got {value}.")
+            raise ValueError(f"`{attribute.name}` must be at most {at_most}, got {shown(value)}.")
 
     return check
 
 
 def number(expected: str, accepts: Callable[[float], bool]) -> Check:
-    """Returns an attrs validator for numbers that `accepts` is true of; `expected` says so in words."""
+    """Returns an attrs validator for numbers that `accepts` returns true for; `expected` describes them."""
 
     def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"`{attribute.name}` must be a number, got {value!r}.")
+            raise TypeError(f"`{attribute.name}` must be a number, got {shown(value)}.")
         if not accepts(value):
-            raise ValueError(f"`{attribute.name}` must be {expected}, got {value}.")
+            raise ValueError(f"`{attribute.name}` must be {expected}, got {shown(value)}.")
 
     return check
 
@@ -54,15 +69,21 @@ def one_of(*words: str) -> Check:
 
     def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, str) or value not in words:
-            raise ValueError(f"`{attribute.name}` must be one of {', '.join(words)}, got {value!r}.")
+            raise ValueError(f"`{attribute.name}` must be one of {', '.join(words)}, got {shown(value)}.")
 
     return check
+
+
+def string(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    """Is an attrs validator for strings."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{attribute.name}` must be a string, got {shown(value)}.")
 
 
 def boolean(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
     """Is an attrs validator for true and false."""
     if not isinstance(value, bool):
-        raise TypeError(f"`{attribute.name}` must be true or false, got {value!r}.")
+        raise TypeError(f"`{attribute.name}` must be true or false, got {shown(value)}.")
 
 
 def boolean_or(*words: str) -> Check:
@@ -70,9 +91,9 @@ def boolean_or(*words: str) -> Check:
 
     def check(_: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
         if not isinstance(value, (bool, str)):
-            raise TypeError(f"`{attribute.name}` must be true or false, or {' or '.join(words)}, got {value!r}.")
+            raise TypeError(f"`{attribute.name}` must be true or false, or {' or '.join(words)}, got {shown(value)}.")
         if isinstance(value, str) and value not in words:
-            raise ValueError(f"`{attribute.name}` must be true or false, or {' or '.join(words)}, got {value!r}.")
+            raise ValueError(f"`{attribute.name}` must be true or false, or {' or '.join(words)}, got {shown(value)}.")
 
     return check
 

@@ -9,7 +9,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     Args:
-        arguments: What follows the program's name; None is what it was started with.
+        arguments: The words after the program's name; None takes them from the process.
     """
     try:
         from mixture_torch.app.cli import run

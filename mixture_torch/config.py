@@ -1,7 +1,7 @@
 """The `runtime: mixture:` block of a training configuration."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,19 +9,20 @@ import attrs
 import yaml
 
 from mixture_core import MixtureConfig
-from mixture_core.config import as_integer, boolean, boolean_or, integer, one_of
+from mixture_core.config import as_integer, boolean, boolean_or, integer, one_of, shown
 
-# Options of the library that this document was first written for, and why they are not here.
+# Options of mfcl, and why they do not exist here.
 FOREIGN_KEYS = {
     "topR": "all K responsibilities are kept",
-    "pi_floor": "weights are never floored, and a dead component is moved (`relocate`)",
-    "revive_below": "`relocate` has replaced it; use `relocate: false` instead of 0, and leave out any other value",
+    "pi_floor": "weights have no floor, and `relocate` moves dead components",
+    "revive_below": "`relocate` has replaced it; instead of 0, use `relocate: false`",
     "K_subsample": "every row of a batch counts",
 }
+MOST_SHOWN = 10  # unknown keys in one error message
 
 
 def _from_text(value: Any) -> Any:
-    """Numbers that PyYAML reads as text, 1e-3 among them, as numbers; all else unchanged."""
+    """Returns a number that PyYAML read as text, such as 1e-3, as a number, and any other value unchanged."""
     if not isinstance(value, str):
         return value
     for parse in (int, float):
@@ -34,31 +35,34 @@ def _from_text(value: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class MixtureRuntimeConfig(MixtureConfig):
-    """All options of the estimator that can stand in a configuration file.
+    """All options of the estimator that a configuration file can set.
+
+    >>> MixtureRuntimeConfig.from_mapping({"runtime": {"mixture": {"enabled": True, "K": 12}}}).K
+    12
 
     Raises:
-        TypeError: A value is of the wrong type; the message names the option, what was expected and what came.
-        ValueError: A value is out of range; likewise.
+        TypeError: A value has the wrong type; the message names the option, the expected type and the value.
+        ValueError: A value is out of range; the message names the option, the range and the value.
     """
 
-    # Whether the estimator does anything at all.
+    # Whether the estimator does anything.
     enabled: bool = attrs.field(default=False, validator=boolean)
-    # Whether responsibilities are written beside the CSV.
+    # Whether responsibilities are written too.
     store_scores: bool = attrs.field(default=False, validator=boolean)
     # One growing file of responsibilities, or one file per step.
     scores_mode: Literal["append", "per_step"] = attrs.field(default="append", validator=one_of("append", "per_step"))
-    # Whether the statistics are those of the embeddings of all ranks, and what these exchange: embeddings (`gather`,
-    # which is what true means), or sums over them (`reduce`).
+    # Whether statistics cover the embeddings of all ranks, and what ranks exchange: embeddings (`gather`, or true), or
+    # sums over them (`reduce`).
     cross_rank: bool | Literal["gather", "reduce"] = attrs.field(
         default=False, validator=boolean_or("gather", "reduce")
     )
-    # Seed of the estimator's own random numbers, which only choose the first centroids.
+    # Seed of the estimator's own random numbers, which choose the first means and nothing else.
     seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0, at_most=2**64 - 1))
-    # Whether ignored rows raise instead of being counted.
+    # Whether ignored rows, a failing disk and lack of memory raise instead of warning.
     strict: bool = attrs.field(default=False, validator=boolean)
     # Whether steps on a GPU are replayed as CUDA graphs.
     compile: bool = attrs.field(default=False, validator=boolean)
-    # D, where it is known beforehand: a state_dict then has its final shapes before the first update.
+    # D, if it is known beforehand: a state_dict then has its final shapes before the first update.
     dim: int | None = attrs.field(
         default=None,
         converter=attrs.converters.optional(as_integer),
@@ -67,71 +71,115 @@ class MixtureRuntimeConfig(MixtureConfig):
 
     @property
     def core(self) -> MixtureConfig:
-        """The part that is the mixture's, without the part that is the run's."""
+        """The options of the mixture itself, which are those that `mixture_core` knows."""
         return MixtureConfig(**{field.name: getattr(self, field.name) for field in attrs.fields(MixtureConfig)})
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None) -> "MixtureRuntimeConfig":
-        """Returns the configuration that a mapping holds; what it leaves out has its default.
+        """Returns the configuration in a mapping; options that it does not set keep their defaults.
 
         Args:
-            mapping: The block itself, or a whole configuration that holds it under `runtime: mixture:` and in which
-                all else is left alone. Any Mapping, OmegaConf's too. None, and a missing block, are all defaults.
+            mapping: The options themselves, or a whole training configuration with the options under
+                `runtime: mixture:` or under `mixture:`; all its other keys are left alone. OmegaConf's mappings work
+                too. None or an empty block sets nothing.
 
         Raises:
-            TypeError: It is no mapping, or a value is of the wrong type.
+            TypeError: `mapping` is no mapping, or a value has the wrong type.
             ValueError: A key is unknown, or a value is out of range.
         """
-        block = _find_block(mapping)
+        block, place = _find_block(mapping)
         known = attrs.fields_dict(cls)
-        for key in block:
-            if key not in known:
-                raise ValueError(_unknown_key(key, list(known)))
+        refuse_unknown(block, known, place=place)
         numeric = {name for name, field in known.items() if field.type in (int, float, int | None)}
         return cls(**{key: _from_text(value) if key in numeric else value for key, value in block.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureRuntimeConfig":
-        """Returns the configuration in a YAML file, as `from_mapping` does.
+        """Returns the configuration in a YAML file; see `from_mapping` for where the options may stand.
 
         Args:
             path: The file.
 
         Raises:
             OSError: The file cannot be read.
-            TypeError: It holds no mapping, or a value is of the wrong type.
-            ValueError: It is no YAML, a key is unknown, or a value is out of range.
+            TypeError: The file holds no mapping, or a value has the wrong type.
+            ValueError: The file is not YAML, a key is unknown, or a value is out of range.
         """
-        try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"`{path}` must be a YAML file: {' '.join(str(error).split())}") from error
-        return cls.from_mapping(document)
+        return cls.from_mapping(parse_yaml(Path(path).read_bytes(), f"`{path}`"))
 
 
-def _find_block(mapping: Any) -> Mapping[str, Any]:
-    block = _as_mapping(mapping, "The configuration")
-    if "runtime" in block:
-        runtime = _as_mapping(block["runtime"], "`runtime`")
-        if "mixture" not in runtime and (near := difflib.get_close_matches("mixture", map(str, runtime), cutoff=0.8)):
-            raise ValueError(f"`runtime` must hold the block `mixture`, got `{near[0]}`; did you mean `mixture`?")
-        return _as_mapping(runtime.get("mixture"), "`runtime.mixture`")
-    return _as_mapping(block["mixture"], "`mixture`") if "mixture" in block else block
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """Returns what a YAML document holds.
+
+    Args:
+        text: The document; bytes are UTF-8, or UTF-16 with a byte order mark.
+        source: Where it comes from, for the error message.
+
+    Raises:
+        ValueError: It is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except MemoryError:
+        raise
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # PyYAML lets many kinds escape: dates, tags and integers out of range, deep nesting
+        raise ValueError(f"{source} is not valid YAML: {type(error).__name__}: {error}") from error
 
 
-def _as_mapping(value: Any, place: str) -> Mapping[str, Any]:
-    """An empty block, None in YAML, is one with nothing in it."""
+def refuse_unknown(block: Mapping[Any, Any], known: Iterable[str], *, place: str) -> None:
+    """Checks that every key of a block is an option.
+
+    Args:
+        block: The options that were given.
+        known: The names of all options.
+        place: Where the block stands, for the error message.
+
+    Raises:
+        ValueError: Keys are unknown; the message lists them, with the nearest option of each.
+    """
+    names = list(known)
+    unknown = [key for key in block if key not in names]
+    if unknown:
+        listed = ", ".join(f"`{_name(key)}`{_hint(key, names)}" for key in unknown[:MOST_SHOWN])
+        more = f" and {len(unknown) - MOST_SHOWN} more" if len(unknown) > MOST_SHOWN else ""
+        what = "Unknown option" if len(unknown) == 1 else "Unknown options"
+        raise ValueError(f"{what} in {place}: {listed}{more}. The options are {', '.join(names)}.")
+
+
+def _hint(key: object, names: list[str]) -> str:
+    if isinstance(key, str) and key in FOREIGN_KEYS:
+        return f" (remove it: {FOREIGN_KEYS[key]})"
+    by_lower_case = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(_name(key).lower(), by_lower_case, n=1)
+    return f" (did you mean `{by_lower_case[near[0]]}`?)" if near else ""
+
+
+def _name(key: object) -> str:
+    return shown(key).strip("'\"")
+
+
+def _find_block(mapping: Any) -> tuple[Mapping[Any, Any], str]:
+    """Returns the block of options, and where it stands."""
+    document = _as_mapping(mapping, "The configuration")
+    if "runtime" in document:
+        runtime = _as_mapping(document["runtime"], "`runtime`")
+        if "mixture" in runtime:
+            return _as_mapping(runtime["mixture"], "`runtime.mixture`"), "runtime.mixture"
+        if "mixture" not in document:
+            if near := difflib.get_close_matches("mixture", map(_name, runtime), cutoff=0.8, n=1):
+                raise ValueError(f"`runtime` has no block `mixture`, but `{near[0]}`; did you mean `mixture`?")
+            return {}, "runtime.mixture"
+    if "mixture" in document:
+        return _as_mapping(document["mixture"], "`mixture`"), "mixture"
+    return document, "the configuration"
+
+
+def _as_mapping(value: Any, place: str) -> Mapping[Any, Any]:
+    """Returns a block; an empty one is None in YAML."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise TypeError(f"{place} must be a mapping of options, got {value!r}.")
+        raise TypeError(f"{place} must be a mapping of options, got {shown(value)}.")
     return value
-
-
-def _unknown_key(key: object, known: list[str]) -> str:
-    if key in FOREIGN_KEYS:
-        return f"`{key}` is not an option here: {FOREIGN_KEYS[str(key)]}. Remove it from runtime.mixture."
-    by_lower_case = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(key).lower(), by_lower_case, n=1)
-    hint = f"did you mean `{by_lower_case[near[0]]}`? There" if near else "there"
-    return f"`{key}` is not an option of runtime.mixture; {hint} are {', '.join(known)}."

@@ -1,1 +1,1 @@
-"""The demo and its command line, over the rest of the package and never under it."""
+"""The demo and its command line; nothing else in the package imports them."""

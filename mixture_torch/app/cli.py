@@ -1,4 +1,4 @@
-"""The command line: from what a user typed to a configuration, a run folder, and a run."""
+"""The command line: reads the options, makes the run folder and trains."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -11,31 +11,35 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from mixture_core.config import shown
 from mixture_torch.app.demo import MIXTURE, DemoConfig, Job, check, prepare
 from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, find_run_folder, make_run_folder
 from mixture_torch.app.messages import complain, one_line_errors, one_line_warnings
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
-from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.config import MixtureRuntimeConfig, parse_yaml, refuse_unknown
 from mixture_torch.disk import write_atomically
 from mixture_torch.readers import LOG_FILE
 
 DEFAULTS = DemoConfig()
-BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # where options stand, by the first key
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # which has no public name in typer
+BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # path of each block of options, by its first key
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
-# Markup would take `[default: 80]` for a style, and leave it out.
+# Markup would drop `[default: 80]` as an unknown style.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, or 2 after one line about what the user should change.
+    """Runs a command and returns its exit code: 0; 2 after an error, in one line; or 130 after Ctrl-C.
 
     Args:
-        arguments: What follows the program's name; None is what it was started with.
+        arguments: The words after the program's name; None takes them from the process.
     """
     try:
         return app(arguments, prog_name="mixture-diagnostics", standalone_mode=False) or 0
+    except typer.Abort:
+        return INTERRUPTED
     except UsageError as error:
         complain(error.format_message())  # type: ignore[attr-defined]  # see UsageError
         return 2
@@ -43,7 +47,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """Keeps a K-component Gaussian mixture of the embeddings that a training run makes."""
+    """Diagnostics of a training run: a K-component Gaussian mixture of its embeddings at every step."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -55,20 +59,24 @@ def demo(
         typer.Option(help="YAML file with a `runtime: mixture:` block.", exists=True, dir_okay=False, readable=True),
     ] = None,
     override: Annotated[
-        list[str] | None, typer.Option("--set", help="One option, such as runtime.mixture.K=12; may be repeated.")
+        list[str] | None, typer.Option("--set", help="An option such as runtime.mixture.K=12; may be repeated.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help=f"Run folder, new or empty. [default: {DEFAULT_FOLDER}, or -2, -3, ...]")
+        Path | None, typer.Option(help=f"Run folder. [default: {DEFAULT_FOLDER}, or {DEFAULT_FOLDER}-2, ...]")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help=f"[default: {DEFAULTS.epochs}]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help=f"Of all processes. [default: {DEFAULTS.batch_size}]")] = None,
-    seed: Annotated[int | None, typer.Option(help=f"[default: {DEFAULTS.seed}]")] = None,
-    device: Annotated[str | None, typer.Option(help=f"[default: {DEFAULTS.device}]")] = None,
+    epochs: Annotated[int | None, typer.Option(help=f"Passes over the images. [default: {DEFAULTS.epochs}]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images per step, on all processes. [default: {DEFAULTS.batch_size}]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Seed of all random numbers. [default: {DEFAULTS.seed}]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help=f"A device of torch, such as cpu or cuda. [default: {DEFAULTS.device}]")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in `--out`, or with the newest in runs/.")
+        bool, typer.Option("--resume", help="Resume the run in `--out`, or the newest run in runs/.")
     ] = False,
 ) -> None:
-    """Trains a small SimCLR encoder on handwritten digits, with its mixture diagnostics written beside it.
+    """Trains a small SimCLR encoder on handwritten digits and writes its mixture diagnostics.
 
     On several processes: torchrun --nproc-per-node 2 -m mixture_torch demo
     """
@@ -90,11 +98,17 @@ def demo(
         with one_line_errors():
             job = prepare(settings, mixture, log_dir=folder, resume=resume)
         if is_main and resume:
-            verb = "goes on" if job.n_done < job.n_steps else "is complete"
+            verb = "is resumed" if job.n_done < job.n_steps else "is complete"
             typer.echo(f"The run in {folder} {verb}: {job.n_done} of {job.n_steps} steps are done.")
         if job.n_done < job.n_steps:
-            with job.estimator:
-                _train(job, show_progress=is_main)
+            try:
+                with one_line_errors(every_rank=True), job.estimator:
+                    _train(job, show_progress=is_main)
+            except KeyboardInterrupt:
+                complain(
+                    f"interrupted; `mixture-diagnostics demo --resume --out {folder}` resumes after the last epoch."
+                )
+                raise typer.Exit(INTERRUPTED) from None
         if is_main and folder:
             _tell(job, folder)
 
@@ -102,18 +116,18 @@ def demo(
 def resolve(
     files: Iterable[Path], overrides: Iterable[str], options: Mapping[str, Any]
 ) -> tuple[DemoConfig, MixtureRuntimeConfig]:
-    """Returns the configuration of a run: the demo's own, under the files', under `--set`, under the other options.
+    """Returns the configuration of a run: the demo's defaults, then the files, `--set` and the other options, each of
+    which overrides those before.
 
     Args:
-        files: YAML files, each over those before, with the blocks `runtime: mixture:` and `demo:`, or either; all else
-            in them is left alone.
-        overrides: Each like `runtime.mixture.K=12`.
-        options: Of the block `demo:`, None where not given.
+        files: YAML files with a block `runtime: mixture:` or `demo:` or both; other keys are left alone.
+        overrides: Options such as `runtime.mixture.K=12`.
+        options: Options of the block `demo:`; None is an option that was not given.
 
     Raises:
         OSError: A file cannot be read.
-        TypeError: A value is of the wrong type.
-        ValueError: A file is no YAML, a key is unknown, or a value is out of range.
+        TypeError: A value has the wrong type.
+        ValueError: A file is not YAML, a key is unknown, or a value is out of range.
     """
     given = {"demo": {key: value for key, value in options.items() if value is not None}}
     layers = [to_mapping(DEFAULTS, MIXTURE), *map(_read, files), *map(_parse_override, overrides), given]
@@ -122,35 +136,35 @@ def resolve(
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: str = "") -> None:
-    """Makes sure that a run goes on with the configuration that it had, but for its device.
+    """Checks that a run is resumed with its own configuration; only the device may change.
 
     Args:
-        before: What it had, from `to_mapping`.
-        now: What it is to have, with the same keys.
-        block: Where in the configuration they stand.
+        before: The configuration of the run, from `to_mapping`.
+        now: The configuration to resume with, with the same keys.
+        block: The path of the two in the configuration.
 
     Raises:
-        ValueError: An option is another.
+        ValueError: An option has changed.
     """
     for key, value in before.items():
         if isinstance(value, Mapping):
             refuse_changes(value, now[key], block=f"{block}{key}.")
         elif key != "device" and value != now[key]:
             raise ValueError(
-                f"`{block}{key}` must stay {value!r} where a run goes on, got {now[key]!r}; leave it out, or start "
-                "another run without `--resume`."
+                f"`{block}{key}` of a resumed run must stay {value!r}, got {now[key]!r}; leave it out, or start another "
+                "run without `--resume`."
             )
 
 
 def to_mapping(settings: DemoConfig, mixture: MixtureRuntimeConfig) -> dict[str, Any]:
-    """Returns the configuration as `resolve` reads it from a file."""
+    """Returns the configuration in the form that `resolve` reads from a file."""
     return {"runtime": {"mixture": attrs.asdict(mixture)}, "demo": attrs.asdict(settings)}
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    document = _parse_yaml(path.read_bytes(), f"`{path}`")
+    document = parse_yaml(path.read_bytes(), f"`{path}`")
     if not (isinstance(document, Mapping) and document.keys() & BLOCKS):
-        raise ValueError(f"`{path}` must be a mapping with a block `runtime: mixture:` or `demo:`, got neither.")
+        raise ValueError(f"`{path}` has no block `runtime: mixture:` or `demo:`.")
     return document
 
 
@@ -158,34 +172,25 @@ def _parse_override(text: str) -> Mapping[str, Any]:
     path, equals, value = text.partition("=")
     *block, key = path.strip().split(".")
     if not equals or block not in BLOCKS.values():
-        raise ValueError(f"`--set` must look like runtime.mixture.K=12 or demo.epochs=3, got {text!r}.")
-    parsed = {key: _parse_yaml(value, f"`--set {path}`")}
+        raise ValueError(f"`--set` must look like runtime.mixture.K=12 or demo.epochs=3, got {shown(text)}.")
+    parsed = {key: parse_yaml(value, f"`--set {path}`")}
     return functools.reduce(lambda inner, name: {name: inner}, reversed(block), parsed)
 
 
-def _parse_yaml(text: str | bytes, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
-        raise ValueError(f"{source} must be YAML: {error}") from error
-
-
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns `base` under `over`, block by block; an empty block, None in YAML, says nothing."""
+    """Returns `base` with the options of `over`, block by block; None is an empty block."""
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], Mapping):
             block = {} if over[key] is None else over[key]
             if not isinstance(block, Mapping):
-                raise TypeError(f"`{key}` must be a mapping of options, got {block!r}.")
+                raise TypeError(f"`{key}` must be a mapping of options, got {shown(block)}.")
             merged[key] = _merge(base[key], block)
     return merged
 
 
 def _demo_config(block: Mapping[str, Any]) -> DemoConfig:
-    known = attrs.fields_dict(DemoConfig)
-    if unknown := [key for key in block if key not in known]:
-        raise ValueError(f"`{unknown[0]}` is not an option of demo; there are {', '.join(known)}.")
+    refuse_unknown(block, attrs.fields_dict(DemoConfig), place="demo")
     return DemoConfig(**block)
 
 
@@ -200,10 +205,12 @@ def _train(job: Job, *, show_progress: bool) -> None:
 def _tell(job: Job, folder: Path) -> None:
     world = current_place().world
     if world > 1:
-        whose = "all batches" if job.estimator.config.cross_rank else "rank 0's batches"
-        typer.echo(f"{world} processes: each contrasts within its own share of a batch; the mixture is of {whose}.")
+        whose = "all ranks" if job.estimator.config.cross_rank else "rank 0"
+        typer.echo(
+            f"{world} processes: each contrasts views within its own share of a batch; the mixture is of {whose}."
+        )
     if job.estimator.enabled:
         Console().print(render(job.report()))
-        typer.echo(f"Diagnostics: {folder / LOG_FILE}, a row for each of {job.n_steps} steps.")
+        typer.echo(f"Diagnostics: {folder / LOG_FILE} has one row per step, {job.n_steps} in all.")
     else:
-        typer.echo("Diagnostics are off (`runtime.mixture.enabled` is false): no table, and no mixture.csv.")
+        typer.echo("Diagnostics are off: `runtime.mixture.enabled` is false.")

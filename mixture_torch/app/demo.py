@@ -1,4 +1,4 @@
-"""The demo: SimCLR on the 1,797 handwritten digits that ship inside scikit-learn, with its mixture beside it."""
+"""The demo: SimCLR on the 1,797 handwritten digits that ship with scikit-learn, with mixture diagnostics."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from mixture_core.config import as_integer, integer
+from mixture_core.config import as_integer, integer, string
 from mixture_torch.app.folders import CHECKPOINT_FILE
 from mixture_torch.app.report import Report, summarise
 from mixture_torch.app.training import (
@@ -30,10 +30,10 @@ from mixture_torch.estimator import MixtureStats
 from mixture_torch.losses import NTXentLoss
 
 N_DIGITS = 10
-# The embeddings move fast in a run of 240 steps: at 0.95 the means lag, and inertia is up to 1.09 times the best.
+# The embeddings move fast in a run of 240 steps: at 0.95 the means lag, and inertia rises to 1.09 times the best.
 MIXTURE = MixtureRuntimeConfig(enabled=True, K=N_DIGITS, ema_decay=0.9)
 
-# With these the embeddings fall into their digits; stronger views blur them for k-means.
+# Stronger augmentations blur the digits for k-means.
 ROTATION = 10.0  # degrees either way
 SHIFT = 0.3  # pixels either way, of 8
 NOISE = 0.1  # standard deviation; ink is 1
@@ -49,38 +49,38 @@ WEIGHT_DECAY = 1e-4
 
 @attrs.frozen(kw_only=True)
 class DemoConfig:
-    """What a user chooses of the training; what he chooses of the mixture is a `MixtureRuntimeConfig`.
+    """The options of the training; those of the mixture are a `MixtureRuntimeConfig`.
 
     Raises:
-        TypeError: A value is of the wrong type; the message names the option, what was expected and what came.
-        ValueError: A value is out of range; likewise.
+        TypeError: A value has the wrong type; the message names the option, the expected type and the value.
+        ValueError: A value is out of range; the message names the option, the range and the value.
     """
 
     # Passes over the images.
     epochs: int = attrs.field(default=80, converter=as_integer, validator=integer(at_least=1))
-    # Images per step, over all ranks together.
+    # Images per step, on all ranks together.
     batch_size: int = attrs.field(default=512, converter=as_integer, validator=integer(at_least=2))
-    # Of the weights, the order of the images and their views. Every rank adds to it, and torch's seeds end at 2^64.
+    # Of the weights, the order of the images and their views. Each rank adds its number; torch's seeds end at 2^64.
     seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0, at_most=2**63 - 1))
-    # `auto`, or what torch calls a device.
-    device: str = attrs.field(default="auto", converter=str)
+    # `auto`, or a device name of torch.
+    device: str = attrs.field(default="auto", validator=string)
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class Job:
-    """A run that is ready to go: whoever goes through `steps` trains the encoder."""
+    """A run that is ready to start: iterating over `steps` trains the encoder."""
 
     encoder: nn.Module  # from images (N, 1, 8, 8) to embeddings (N, D), not yet normalised
     estimator: MixtureStats
     images: Tensor  # (1797, 1, 8, 8) in [0, 1]
     digits: Tensor  # (1797,) int64
     n_steps: int  # of the whole run
-    n_done: int  # of these, taken before, by the processes that this run goes on from
+    n_done: int  # of these, done before the run was resumed
     steps: Iterator[TrainingStep]
 
     def embeddings(self) -> Tensor:
-        """Returns the embeddings of all images as they are, (1797, D) of norm 1, by all images' batch statistics."""
-        update_bn([self.images], self.encoder)  # the running averages of a short run are still those of its start
+        """Returns the embeddings of all images without augmentation, (1797, D) of norm 1."""
+        update_bn([self.images], self.encoder)  # after a short run, the running averages still lag
         self.encoder.eval()
         with torch.no_grad():
             return functional.normalize(self.encoder(self.images), dim=1)
@@ -89,20 +89,20 @@ class Job:
         """Returns how the mixture divides the digits.
 
         Raises:
-            ValueError: There has been no step.
+            ValueError: No step has been taken.
         """
         state = self.estimator.state
         if state is None:
-            raise ValueError("`report` must come after a step, got no mixture to report.")
+            raise ValueError("There is no mixture to report: no step has been taken.")
         return summarise(state.moments, self.estimator.assign(self.embeddings(), self.digits), self.digits)
 
 
 def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
-    """Makes sure that `prepare` will succeed, before anything has been written.
+    """Checks that `prepare` will succeed, before anything is written.
 
     Raises:
-        ValueError: The batch is too small for the ranks or larger than the data, K is too small for labels that are
-            digits, or the device is not to be had.
+        ValueError: The batch is too small for the ranks or larger than the data, K is too small for the ten digits as
+            labels, or the device is not available.
     """
     place, n_images = current_place(), len(load_digits().target)
     if not 2 * place.world <= demo.batch_size <= n_images:
@@ -111,24 +111,23 @@ def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
             f"got {demo.batch_size}."
         )
     if mixture.enabled and mixture.uses_labels and mixture.K < N_DIGITS:
-        raise ValueError(f"`K` must be at least {N_DIGITS} where the labels are digits, got {mixture.K}.")
+        raise ValueError(f"`K` must be at least {N_DIGITS} with the ten digits as labels, got {mixture.K}.")
     pick_device(demo.device)
 
 
 def prepare(
     demo: DemoConfig, mixture: MixtureRuntimeConfig, *, log_dir: Path | None = None, resume: bool = False
 ) -> Job:
-    """Returns the whole run, with not a step taken.
+    """Returns the whole run, before its first step.
 
-    Every random number comes from a generator of its own, so that a run is repeated by its configuration and is bit for
-    bit the same whether the estimator is on or off. On several ranks, each contrasts the views of its own share of the
-    batch with one another.
+    All random numbers come from the run's own generators, so the configuration determines the run to the bit, with the
+    estimator on or off. On several ranks, each rank contrasts the views of its own share of the batch.
 
     Args:
-        demo: What to train.
-        mixture: What to keep of it.
+        demo: The options of the training.
+        mixture: The options of the mixture.
         log_dir: The run folder; None writes nothing.
-        resume: Go on with the run of this configuration in that folder, if there is one, from its last checkpoint.
+        resume: Whether to resume the run in that folder from its last checkpoint.
 
     Raises:
         OSError: The checkpoint cannot be read.
@@ -161,24 +160,24 @@ def prepare(
         estimator=estimator,
         images=images,
         digits=digits,
-        n_steps=start.step + (demo.epochs - start.epoch) * n_batches,  # there may have been another number of ranks
+        n_steps=start.step + (demo.epochs - start.epoch) * n_batches,  # the number of ranks may have changed
         n_done=start.step,
         steps=steps,
     )
 
 
 def load_images(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the images, (1797, 1, 8, 8) float32 with paper 0 and ink 1, and the digits they show, (1797,) int64."""
+    """Returns the images, (1797, 1, 8, 8) float32, paper 0 and ink 1, and their digits, (1797,) int64."""
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
     return images, torch.as_tensor(data.target, dtype=torch.int64, device=device)
 
 
 def make_encoder(*, seed: int) -> nn.Module:
-    """Returns two hidden layers and a projection, on the CPU, with the global generator untouched.
+    """Returns an encoder of two hidden layers and a projection, on the CPU; the global generator is not used.
 
-    No convolutions: the pixels of these small images keep digits together from the first step on, and so a mixture
-    that starts there is still a good one when the encoder is trained.
+    It has no convolutions: pixels of such small images keep the digits together from the first step on, so a mixture
+    that starts there stays a good one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -195,22 +194,22 @@ def make_encoder(*, seed: int) -> nn.Module:
 
 
 def _global_batch(demo: DemoConfig, place: Place) -> int:
-    """Images per step over all ranks, all of which have the same number."""
+    """Returns the images per step of all ranks, which have the same number each."""
     return demo.batch_size // place.world * place.world
 
 
 def epochs_of_views(images: Tensor, digits: Tensor, demo: DemoConfig, place: Place) -> Iterator[Iterator[Batch]]:
-    """Yields this rank's batches of each epoch; in an epoch no image comes twice, on no two ranks either.
+    """Yields the batches of this rank for each epoch; in one epoch, all ranks together use an image at most once.
 
-    The images that do not fill a batch are left out, others in each epoch.
+    Images that do not fill a batch are left out; each epoch leaves out different ones.
 
     Args:
         images: (N, 1, H, W).
         digits: (N,).
         demo: `epochs`, `batch_size` and `seed`.
-        place: Whose batches.
+        place: The rank whose batches they are.
     """
-    order = torch.Generator().manual_seed(demo.seed)  # the same on all ranks: each takes its share of one shuffle
+    order = torch.Generator().manual_seed(demo.seed)  # the same shuffle on all ranks, each of which takes its share
     chance = torch.Generator(images.device).manual_seed(demo.seed + 1 + place.rank)
     size = _global_batch(demo, place)
     n_batches = len(images) // size
@@ -224,7 +223,7 @@ def epochs_of_views(images: Tensor, digits: Tensor, demo: DemoConfig, place: Pla
 
 
 def view(images: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Returns one random view of each image, (N, 1, H, W): turned and shifted, noisy, some with a square erased.
+    """Returns a random view of each image, (N, 1, H, W): rotated, shifted, noisy, and some with a square erased.
 
     Args:
         images: (N, 1, H, W).
@@ -240,7 +239,7 @@ def _turn_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
     turn, right, down = 2 * torch.rand((3, N), generator=generator, device=images.device) - 1
     angle = math.radians(ROTATION) * turn
     cos, sin = angle.cos(), angle.sin()
-    # affine_grid measures an image from -1 to 1, so that a pixel is 2 / W wide.
+    # In affine_grid an image spans -1 to 1, so a pixel is 2 / W wide.
     rows = [torch.stack([cos, -sin, 2 * SHIFT / W * right], 1), torch.stack([sin, cos, 2 * SHIFT / H * down], 1)]
     grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, align_corners=False)

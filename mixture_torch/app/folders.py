@@ -1,4 +1,4 @@
-"""Run folders: a new one for a run that begins, and the one of a run to go on with."""
+"""Run folders: a new one for a new run, or the folder of a run to resume."""
 
 import itertools
 import re
@@ -14,14 +14,14 @@ WRITTEN = (CONFIG_FILE, CHECKPOINT_FILE, LOG_FILE, LIST_FILE, SHARD_FOLDER)
 
 
 def make_run_folder(out: Path | None) -> Path:
-    """Returns a folder, which is there now, without anything that a run writes.
+    """Returns the folder for a new run, and makes it if need be.
 
     Args:
-        out: The folder; None is the first of runs/demo, runs/demo-2, ... that is not there yet.
+        out: The folder; None is the first of runs/demo, runs/demo-2, ... that does not exist.
 
     Raises:
         OSError: The folder cannot be made.
-        ValueError: It holds a run already.
+        ValueError: It already holds a run.
     """
     if out is None:
         numbered = (DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{n}") for n in itertools.count(2))
@@ -29,18 +29,17 @@ def make_run_folder(out: Path | None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     if taken := [name for name in WRITTEN if (out / name).exists()]:
         raise ValueError(
-            f"`--out` must be a folder without a run, got `{out}` with `{taken[0]}`; choose another, or go on with "
-            "the run with `--resume`."
+            f"`{out}` already holds `{taken[0]}` of a run; choose another `--out`, or resume that run with `--resume`."
         )
     return out
 
 
 def find_run_folder(out: Path | None) -> Path:
-    """Returns a folder with a run in it.
+    """Returns the folder of the run to resume.
 
     Args:
-        out: The folder; None is, of runs/demo, runs/demo-2, ..., that of the run that began last, one that came to
-            nothing only where there is no other.
+        out: The folder; None is that of the newest run in runs/demo, runs/demo-2, ...; runs that never logged a step
+            are taken only if there is no other.
 
     Raises:
         ValueError: There is no run.
@@ -49,10 +48,10 @@ def find_run_folder(out: Path | None) -> Path:
         configs = DEFAULT_FOLDER.parent.glob(f"*/{CONFIG_FILE}")
         runs = [config for config in configs if NUMBERED.fullmatch(config.parent.name)]
         if not runs:
-            raise ValueError(f"`--resume` must find a run in `{DEFAULT_FOLDER}`, got none; name its folder by `--out`.")
+            raise ValueError(f"There is no run to resume in `{DEFAULT_FOLDER}`; name its folder with `--out`.")
         return max(runs, key=lambda config: (_has_steps(config.parent), config.stat().st_mtime_ns)).parent
     if not (out / CONFIG_FILE).is_file():
-        raise ValueError(f"`--out` must be the folder of a run to resume, got `{out}` without `{CONFIG_FILE}`.")
+        raise ValueError(f"`{out}` holds no run to resume: it has no `{CONFIG_FILE}`.")
     return out
 
 

@@ -1,4 +1,4 @@
-"""What the command line tells the user on standard error: one line at a time, and errors by the main process alone."""
+"""Errors and warnings of the command line, one line each on standard error."""
 
 import sys
 import warnings
@@ -12,7 +12,7 @@ from mixture_torch.app.training import current_place
 
 
 def complain(message: str) -> None:
-    """Prints one line about what the user should change.
+    """Prints one line that says what the user should change, on the main process only.
 
     Args:
         message: Line breaks in it become spaces.
@@ -22,18 +22,25 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line about what the user should change."""
+def one_line_errors(*, every_rank: bool = False) -> Iterator[None]:
+    """Turns an error inside the block into one line and exit code 2.
+
+    Args:
+        every_rank: Whether each process prints its errors, because others may not have the same.
+    """
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
-        complain(str(error))
+        if every_rank and (rank := current_place().rank):
+            _say(f"Error on rank {rank}:", str(error))
+        else:
+            complain(str(error))
         raise typer.Exit(2) from error
 
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Has a warning printed as one line, without the line of code that it is about, which is not the user's."""
+    """Prints each warning inside the block as one line, without the line of code, which is not the user's."""
 
     def show(
         message: Warning | str,
@@ -45,7 +52,7 @@ def one_line_warnings() -> Iterator[None]:
     ) -> None:
         _say("Note:", str(message))
 
-    with warnings.catch_warnings():  # puts back what it finds here
+    with warnings.catch_warnings():  # restores showwarning
         warnings.showwarning = show
         yield
 

@@ -1,4 +1,4 @@
-"""What a run comes to: how the mixture of the embeddings divides the digits, as a record and as a table."""
+"""The result of a run: how the mixture of the embeddings divides the digits, as a record and as a table."""
 
 import attrs
 import torch
@@ -12,7 +12,7 @@ from mixture_core import Moments
 
 @attrs.frozen(kw_only=True)
 class ComponentReport:
-    """One component, and the samples that it was assigned."""
+    """One component, and the samples assigned to it."""
 
     pi: float  # mixing weight
     trace_Sigma: float
@@ -23,11 +23,11 @@ class ComponentReport:
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """A mixture and the labels of the samples that it was assigned."""
+    """A mixture, and the labels of the samples assigned to its components."""
 
     components: tuple[ComponentReport, ...]
     mean_purity: float  # over the components that have samples
-    mutual_information: float  # of components and labels, normalised: 0 unrelated, 1 the same partition
+    mutual_information: float  # of components and labels, normalised: 0 if unrelated, 1 if the same partition
     between_share: float  # trace_B / (sum_k pi_k tr Sigma_k + trace_B)
     participation_ratio: float  # directions in use
 
@@ -37,8 +37,8 @@ def summarise(moments: Moments, R: Tensor, labels: Tensor) -> Report:
 
     Args:
         moments: The mixture.
-        R: (N, K) whose the samples are; a sample belongs to its largest responsibility.
-        labels: (N,) integers, at least 0, what the samples truly are.
+        R: (N, K) responsibilities; each sample is assigned to its largest.
+        labels: (N,) integers, at least 0, the true classes.
     """
     assigned = R.argmax(dim=1)
     counts = torch.zeros(R.shape[1], int(labels.max()) + 1, dtype=torch.int64, device=R.device)
@@ -69,7 +69,7 @@ def _component(pi: float, trace_Sigma: float, counts: list[int]) -> ComponentRep
 
 
 def render(report: Report) -> RenderableType:
-    """Returns the report for `rich.print`: a table of the components, and a table of the figures of all."""
+    """Returns the report for `rich.print`: a table of the components, and a table of overall figures."""
     return Group(_table_of_components(report), _table_of_figures(report))
 
 

@@ -1,4 +1,4 @@
-"""A contrastive training loop that keeps the mixture of what it trains, on one process or on several."""
+"""A contrastive training loop with mixture diagnostics, on one process or on several."""
 
 import inspect
 import os
@@ -25,22 +25,22 @@ class Batch(NamedTuple):
 
     first: Tensor  # (N, ...) one view
     second: Tensor  # (N, ...) the other view of the same samples, in the same order
-    labels: Tensor  # (N,) integers, for an estimator that takes its responsibilities from labels
+    labels: Tensor  # (N,) integers, for an estimator that uses labels
 
 
 class TrainingStep(NamedTuple):
-    """What a reader needs of a step that has been taken."""
+    """A step that has been taken."""
 
-    step: int  # from 0 on, over all epochs
-    epoch: int  # from 0 on
+    step: int  # counted from 0 over all epochs
+    epoch: int  # counted from 0
     loss: Tensor  # () of this rank's batch, before the step
 
 
 class Start(NamedTuple):
-    """Where a run begins, or goes on."""
+    """Where a run begins or resumes."""
 
-    epoch: int  # how many are done
-    step: int  # how many are done
+    epoch: int  # completed epochs
+    step: int  # completed steps
 
 
 BEGINNING = Start(epoch=0, step=0)
@@ -64,26 +64,26 @@ def train(
     checkpoint: Path | None = None,
     start: Start = BEGINNING,
 ) -> Iterator[TrainingStep]:
-    """Yields each step after it has been taken and logged; nothing happens unless the caller asks for the next.
+    """Yields each step after it has been taken and logged; a step is taken when the caller asks for it.
 
-    A run that is ended at any instant, and goes on in another process from what `restore` returns, ends as the same to
-    the bit, if it has as many ranks as before.
+    A run that is killed at any instant and resumed with `restore` ends with the same bits as an uninterrupted run, if
+    the number of ranks stays the same.
 
     Args:
-        model: From views to embeddings (N, D); trained in place.
-        epochs: The batches of each epoch, the first one's too where a run goes on.
+        model: Maps views to embeddings (N, D); trained in place.
+        epochs: The batches of each epoch, from the first epoch on even if the run is resumed.
         loss: Of the embeddings of both views.
         optimizer: Of the model's parameters.
-        schedule: Of the optimizer's learning rate, one move per step.
-        estimator: Active during the loss alone, so that nothing else the caller computes between steps is counted.
-        checkpoint: File to go on from, written after each epoch; None writes none, as on all ranks but the main one.
+        schedule: Of the optimizer's learning rate; advances at each step.
+        estimator: Active only while the loss is computed.
+        checkpoint: File to resume from, written after each epoch; None writes none, as on all ranks but rank 0.
         start: From `restore`.
     """
     model.train()
     step = start.step
     for epoch, batches in enumerate(epochs):
         if epoch < start.epoch:
-            deque(batches, maxlen=0)  # drawn all the same, so that random numbers go on where they were
+            deque(batches, maxlen=0)  # drawn, so that the random numbers continue where they stopped
             continue
         for batch in batches:
             # One pass for both views: under DDP a second would change the buffers that the first still needs.
@@ -97,7 +97,7 @@ def train(
             estimator.log_step(step=step, epoch=epoch)
             yield TrainingStep(step, epoch, value.detach())
             step += 1
-        estimator.flush()  # first: what a checkpoint says is done has to be on the disk
+        estimator.flush()  # first: steps that a checkpoint counts as done must be on disk
         if checkpoint is not None:
             parts = _parts(model, optimizer, schedule, estimator)
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -107,21 +107,21 @@ def train(
 def restore(
     checkpoint: Path, *, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, estimator: MixtureStats
 ) -> Start:
-    """Returns where a run goes on, with all its parts as they were there: the beginning if there is no checkpoint yet.
+    """Loads a checkpoint into all parts of a run and returns where the run resumes.
 
     Args:
-        checkpoint: The file that `train` writes, perhaps on other devices or on another number of ranks.
-        model: As `train` will take it; likewise the others.
+        checkpoint: File written by `train`, on any device and any number of ranks. Without it the run begins anew.
+        model: The model that `train` will be given.
         optimizer: Of the model's parameters.
         schedule: Of the optimizer's learning rate.
-        estimator: Its log goes on from there too.
+        estimator: Its log is resumed too.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no checkpoint of these parts, some of which may have been changed.
+        ValueError: The file is no checkpoint of these parts; some of them may have been changed.
     """
     if not checkpoint.exists():
-        estimator.load_state_dict(estimator.state_dict())  # what is logged already is logged anew
+        estimator.load_state_dict(estimator.state_dict())  # its next row supersedes those already logged
         return BEGINNING
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -130,10 +130,9 @@ def restore(
         return Start(epoch=saved["epoch"], step=saved["step"])
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch raises whatever comes up while it parses foreign bytes
+    except Exception as error:  # torch raises many kinds of errors for files of another format
         raise ValueError(
-            f"`{checkpoint}` must be a checkpoint of this run, got something else; "
-            "move the file away to start the run anew."
+            f"`{checkpoint}` is not a checkpoint of this run; move it away to start the run from the beginning."
         ) from error
 
 
@@ -146,33 +145,33 @@ class _Stateful(Protocol):
 def _parts(
     model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, estimator: MixtureStats
 ) -> dict[str, _Stateful]:
-    """What a checkpoint consists of, the model as it is on one process, so that it can go on on any number."""
+    """Returns the parts of a checkpoint, with the model outside DDP so that any number of processes can load it."""
     alone = model.module if isinstance(model, DistributedDataParallel) else model
     return {"model": alone, "optimizer": optimizer, "schedule": schedule, "mixture": estimator}
 
 
 class Place(NamedTuple):
-    """Which of the processes of a run this one is."""
+    """The rank of this process, and the number of processes."""
 
-    rank: int  # 0 is the main one
-    world: int  # how many there are
+    rank: int  # 0 is the main process
+    world: int  # number of processes
 
 
 def current_place() -> Place:
-    """Returns this process's place as torchrun's variables tell it, before a process group is up too."""
+    """Returns the place of this process from torchrun's environment variables; needs no process group."""
     if not dist.is_torchelastic_launched():
         return Place(0, 1)
     return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device to train on: under torchrun each process has a GPU of its own.
+    """Returns the device to train on; under torchrun each process gets its own GPU.
 
     Args:
-        name: `auto`, a GPU for each process on this machine or else the CPU for all, or what torch calls a device.
+        name: A device name of torch, or `auto`: one GPU per process if there are enough, otherwise the CPU.
 
     Raises:
-        ValueError: Torch knows no such device, or it is not to be had here.
+        ValueError: Torch does not know the device, or it is not available here.
     """
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
@@ -181,18 +180,20 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device).item()  # reading it back tells a device that computes from one that does not
+        torch.zeros(1, device=device).item()  # reading it back fails on a device that cannot compute, such as meta
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"`device` must be auto, cpu, cuda or another that torch has here, got {name!r}.") from error
+        raise ValueError(
+            f"`device` must be auto or a device that torch has here, such as cpu, got {name!r}."
+        ) from error
     return device
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did, for the length of a `with` block.
+    """Keeps a process group open inside a `with` block if torchrun started this process.
 
     Args:
-        device: Where this process trains: NCCL connects GPUs, gloo everything else.
+        device: Where this process trains; the backend is NCCL for GPUs and gloo otherwise.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -207,11 +208,11 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """Returns the model with its gradients averaged over the process group, or the model itself outside of one."""
+    """Returns the model in DDP, or the model itself if there is no process group."""
     if not dist.is_initialized():
         return model
-    # A bucket for each parameter from the first step on. Torch sums all in one bucket there and deals them out anew
-    # later; with three ranks or more that is another order of summation, and a run that goes on would show it.
+    # One bucket per parameter from the first step on. By default torch regroups the buckets after the first step, which
+    # changes the order of summation on three ranks or more, so that a resumed run would end with other bits.
     known = inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"bucket_cap_mb_list": [1e-6]} if "bucket_cap_mb_list" in known else {}
     return DistributedDataParallel(model, **options)
