@@ -151,8 +151,8 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: 
             refuse_changes(value, now[key], block=f"{block}{key}.")
         elif key != "device" and value != now[key]:
             raise ValueError(
-                f"`{block}{key}` of a resumed run must stay {value!r}, got {now[key]!r}; leave it out, or start another "
-                "run without `--resume`."
+                f"`{block}{key}` of a resumed run must stay {value!r}, got {now[key]!r}; leave it out or start "
+                "another run without `--resume`."
             )
 
 

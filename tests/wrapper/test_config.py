@@ -1,6 +1,8 @@
-"""The `runtime: mixture:` block, in all the shapes in which it comes."""
+"""The options: where a configuration may hold them, and what is said of wrong ones."""
 
 import pickle
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -8,10 +10,14 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from mixture_core import MixtureConfig
-from mixture_torch import MixtureRuntimeConfig, MixtureStats
+from mixture_torch import MixtureRuntimeConfig, MixtureStats, activate
+from tests.wrapper.samples import assert_says, estimator
+
+NAN = float("nan")
 
 # Every option, with a value that is not its default.
 OTHERS: dict[str, Any] = {
@@ -140,33 +146,62 @@ def test_config_takes_numbers_of_numpy(key: str, value: Any, plain: type) -> Non
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [
-        ("k", "K"),
-        ("ema_deacy", "ema_decay"),
-        ("max_assign_iter", "max_assign_iters"),
-        ("score_mode", "scores_mode"),
-        ("crossrank", "cross_rank"),
-        ("Enabled", "enabled"),
-    ],
+    [("k", "K"), ("ema_deacy", "ema_decay"), ("score_mode", "scores_mode"), ("crossrank", "cross_rank")],
 )
-def test_config_names_the_nearest_key(key: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=rf"^`{key}` is not an option of runtime\.mixture; did you mean `{nearest}`\?"):
-        MixtureRuntimeConfig.from_mapping({key: 1})
-
-
-@pytest.mark.parametrize("key", [1, None, "", "Q", "x" * 50, ("a", 1)])
-def test_config_refuses_any_other_key(key: Any) -> None:
-    with pytest.raises(ValueError, match=r"is not an option of runtime\.mixture; there are K, "):
-        MixtureRuntimeConfig.from_mapping({key: 1})
-
-
-@pytest.mark.parametrize("key", ["topR", "pi_floor", "K_subsample"])
-def test_config_refuses_keys_of_mfcl_with_a_line_of_their_own(key: str) -> None:
+def test_config_names_the_nearest_option(key: str, nearest: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"^`{key}` is not an option here: .*\. Remove it from runtime\.mixture\.$"
-    ) as error:
+        ValueError, match=rf"^Unknown option in runtime\.mixture: `{key}` \(did you mean `{nearest}`\?\)"
+    ):
         MixtureRuntimeConfig.from_mapping({"runtime": {"mixture": {key: 1}}})
-    assert "did you mean" not in str(error.value)
+
+
+def test_config_reports_all_unknown_options_at_once() -> None:
+    block = {"k": 1, "K": 3, "topR": 4, "xyz": 5, None: 1, ("a", 1): 2}
+    with pytest.raises(ValueError, match=r"^Unknown options in the configuration: ") as error:
+        MixtureRuntimeConfig.from_mapping(block)
+    said = "`k` (did you mean `K`?), `topR` (remove it: all K responsibilities are kept), `xyz`, `None`, `('a', 1)`. "
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["topR", "pi_floor", "K_subsample", "revive_below"])
+def test_config_says_why_an_option_of_mfcl_is_missing(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^Unknown option in runtime\.mixture: `{key}` \(remove it: "):
+        MixtureRuntimeConfig.from_mapping({"runtime": {"mixture": {key: 1}}})
+
+
+@pytest.mark.parametrize("runtime", ["", " {}", " {amp: true}"])
+def test_config_reads_a_block_beside_runtime(tmp_path: Path, runtime: str) -> None:
+    assert load(tmp_path, f"runtime:{runtime}\nmixture: {{K: 12}}").K == 12
+
+
+def test_config_prefers_the_block_under_runtime(tmp_path: Path) -> None:
+    assert load(tmp_path, "runtime: {mixture: {K: 3}}\nmixture: {web: 0.5, books: 0.5}").K == 3
+
+
+BOMB = "a: &a [x]\n" + "".join(  # 9^8 elements
+    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HOSTILE = {
+    "document": "{BOMB}K: *i",
+    "runtime": "{BOMB}runtime: *i",
+    "block": "{BOMB}runtime: {mixture: *i}",
+    **{name: f"{{BOMB}}runtime: {{mixture: {{{name}: *i}}}}" for name in OTHERS},
+    "integer": "K: -0x" + "f" * 8000,
+    "keys": "\n".join(f"k{number}: 1" for number in range(2000)),
+    "key": f"? {'k' * 10000}\n: 1",
+    "text": f'mode: "{"x " * 10000}"',
+    "itself": "K: &a [*a]",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_config_error_is_short_and_quick(tmp_path: Path, text: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises((TypeError, ValueError)) as error:
+        load(tmp_path, text.replace("{BOMB}", BOMB))
+    assert len(str(error.value)) < 600
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -187,19 +222,30 @@ def test_config_refuses_what_is_no_mapping(document: Any, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["K: [1", "K: 8\n\tmode: ema", "a: b: c", "K: !!python/object:os.system 1", "K: 1\n---\nK: 2"]
+    "text",
+    [
+        *("K: [1", "K: 8\n\tmode: ema", "a: b: c", "K: !!python/object:os.system 1", "K: 1\n---\nK: 2"),
+        *("K: 2026-99-99", "K: !!int ''", "K: !!bool maybe", f"K: {'9' * 5000}", "[" * 3000, "K: \0"),
+    ],
+    ids=lambda text: text[:20],
 )
-def test_config_says_in_one_line_what_is_no_yaml(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match=r"^`.*run\.yaml` must be a YAML file: ") as error:
+def test_config_says_in_one_line_that_a_file_is_not_yaml(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"^`.*run\.yaml` is not valid YAML: ") as error:
         load(tmp_path, text)
     assert "\n" not in str(error.value)
 
 
-def test_config_says_what_is_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "good"), [("utf-8", True), ("utf-8-sig", True), ("utf-16", True), ("cp037", False)]
+)
+def test_config_reads_unicode_only(tmp_path: Path, encoding: str, good: bool) -> None:
     path = tmp_path / "run.yaml"
-    path.write_bytes(b"\xff\xfe\x00K")
-    with pytest.raises(ValueError, match=r"run\.yaml` must be a YAML file: "):
-        MixtureRuntimeConfig.from_yaml(path)
+    path.write_bytes("K: 5".encode(encoding))
+    if good:
+        assert MixtureRuntimeConfig.from_yaml(str(path)).K == 5
+    else:
+        with pytest.raises(ValueError, match=r"run\.yaml` is not valid YAML: "):
+            MixtureRuntimeConfig.from_yaml(path)
 
 
 def test_config_without_a_file_is_an_oserror(tmp_path: Path) -> None:
@@ -207,6 +253,92 @@ def test_config_without_a_file_is_an_oserror(tmp_path: Path) -> None:
         MixtureRuntimeConfig.from_yaml(tmp_path / "none.yaml")
 
 
-def test_config_takes_a_path_as_text(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("K: 5")
-    assert MixtureRuntimeConfig.from_yaml(str(tmp_path / "run.yaml")).K == 5
+# Option, value, error, and a part of the message.
+OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
+    ("K", 0, ValueError, "at least 1, got 0"),
+    ("K", 2.5, TypeError, "an integer, got 2.5"),
+    ("K", "8", TypeError, "an integer, got '8'"),
+    ("K", True, TypeError, "an integer, got True"),
+    ("K", None, TypeError, "an integer, got None"),
+    ("assigner", "kmeans", ValueError, "one of kmeans_online, label_supervised, got 'kmeans'"),
+    ("assigner", ["kmeans_online"], ValueError, "one of kmeans_online, label_supervised, got ['kmeans_online']"),
+    ("mode", "EMA", ValueError, "one of per_batch, ema, label_supervised, got 'EMA'"),
+    ("ema_decay", 0, ValueError, "greater than 0 and less than 1, got 0.0"),
+    ("ema_decay", 1.0, ValueError, "greater than 0 and less than 1, got 1.0"),
+    ("ema_decay", NAN, ValueError, "greater than 0 and less than 1, got nan"),
+    ("ema_decay", 10**400, ValueError, "greater than 0 and less than 1, got 1"),
+    ("ema_decay", "0.9", TypeError, "a number, got '0.9'"),
+    ("ema_decay", True, TypeError, "a number, got True"),
+    ("enabled", 1, TypeError, "true or false, got 1"),
+    ("enabled", "yes", TypeError, "true or false, got 'yes'"),
+    ("cross_rank", 0, TypeError, "true or false, or gather or reduce, got 0"),
+    ("cross_rank", "all", ValueError, "true or false, or gather or reduce, got 'all'"),
+    ("dim", 0, ValueError, "at least 1, got 0"),
+    ("dim", 1.5, TypeError, "an integer, got 1.5"),
+    ("store_scores", "append", TypeError, "true or false, got 'append'"),
+    ("scores_mode", "shards", ValueError, "one of append, per_step, got 'shards'"),
+    ("max_assign_iters", 0, ValueError, "at least 1, got 0"),
+    ("seed", -1, ValueError, "at least 0, got -1"),
+    ("seed", 0.5, TypeError, "an integer, got 0.5"),
+    ("seed", 2**64, ValueError, f"got {2**64}"),
+    ("strict", "no", TypeError, "true or false, got 'no'"),
+    ("relocate", 1, TypeError, "true or false, got 1"),
+]
+PLACES: list[tuple[str, Any, type[Exception], str]] = [
+    ("is_main", "yes", TypeError, "true, false or None, got 'yes'"),
+    ("is_main", torch.tensor([True, False]), TypeError, "true, false or None, got tensor("),
+    ("log_dir", 5, TypeError, "a path or None, got 5"),
+    ("log_dir", b"run", TypeError, "a path or None, got b'run'"),
+]
+
+
+MAKERS: dict[str, Callable[..., object]] = {
+    "config": MixtureRuntimeConfig,
+    "estimator": estimator,
+    "disabled": lambda **options: MixtureStats(**{"K": 8, "enabled": False, **options}),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(("name", "value", "kind", "text"), OPTIONS, ids=lambda value: str(value)[:30])
+def test_wrong_option_is_named(name: str, value: Any, kind: type[Exception], text: str, maker: str) -> None:
+    with pytest.raises(kind) as error:
+        MAKERS[maker](**{name: value})
+    assert_says(error.value, name, text)
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "text"), PLACES, ids=lambda value: str(value)[:30])
+def test_wrong_option_of_the_process_is_named(name: str, value: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as error:
+        estimator(**{name: value})
+    assert_says(error.value, name, text)
+
+
+def test_estimator_without_a_folder_stores_no_scores() -> None:
+    with pytest.raises(ValueError, match=r"`log_dir`.*`store_scores`"):
+        estimator(store_scores=True)
+
+
+@pytest.mark.parametrize("options", [{"is_main": False}, {"enabled": False}])
+def test_estimator_that_writes_nothing_needs_no_folder(options: dict[str, Any]) -> None:
+    assert not estimator(store_scores=True, **options).stats
+
+
+@pytest.mark.parametrize("config", [{"K": 3}, None, "run.yaml"])
+def test_from_config_names_what_it_expects(config: Any) -> None:
+    with pytest.raises(TypeError) as error:
+        MixtureStats.from_config(config)
+    assert_says(error.value, "config", "got")
+
+
+@pytest.mark.parametrize("value", [0, True, "estimator"])
+def test_activate_names_what_it_expects(value: Any) -> None:
+    with pytest.raises(TypeError) as error, activate(value):
+        pass
+    assert_says(error.value, "estimator", "got")
+
+
+def test_unknown_option_is_a_type_error() -> None:
+    make: Callable[..., MixtureStats] = MixtureStats
+    with pytest.raises(TypeError, match="topR"):
+        make(K=8, topR=4)

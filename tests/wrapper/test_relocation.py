@@ -122,7 +122,7 @@ def test_parts_of_a_step_count_once_and_move_once() -> None:
 
 
 def test_the_old_key_is_told_what_took_its_place() -> None:
-    with pytest.raises(ValueError, match=r"^`revive_below` is not an option here: `relocate` has replaced it"):
+    with pytest.raises(ValueError, match=r"`revive_below` \(remove it: `relocate` has replaced it"):
         MixtureRuntimeConfig.from_mapping({"revive_below": 0.01})
 
 

@@ -1,4 +1,4 @@
-"""The command line in a process that is killed at a given instant: `python -m tests.wrapper.killed log_step 6 demo`."""
+"""The command line in a process that is killed at a given instant: `python -m tests.app.killed log_step 6 demo`."""
 
 import os
 import signal

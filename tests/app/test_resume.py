@@ -1,7 +1,6 @@
-"""A run of the demo that is killed and goes on ends as if nothing had been."""
+"""A demo that is killed and resumed ends as if it had never been interrupted."""
 
 import contextlib
-import functools
 import io
 import multiprocessing
 import os
@@ -19,18 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from mixture_torch import read_log
+from mixture_torch import read_log, read_scores
 from mixture_torch.__main__ import main
 from mixture_torch.app.demo import MIXTURE, DemoConfig, prepare
-from tests.wrapper.killed import run_until
+from tests.app.common import BRIEF, EPOCH, STEPS
+from tests.app.killed import run_until
 from tests.wrapper.samples import contents
 
-BRIEF = ("--epochs", "2", "--batch-size", "128", "--device", "cpu")
-EPOCH = 1797 // 128
-STEPS = 2 * EPOCH
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
-# The calls, one after another in processes that go on with the run, before which each is killed.
+# Calls before which the run is killed, each in another process that resumes it.
 KILLS: dict[str, list[tuple[str, int]]] = {
     "before any checkpoint": [("log_step", 6)],
     "inside the first checkpoint": [("replace", 2)],  # the first replaces config.yaml
@@ -39,15 +36,14 @@ KILLS: dict[str, list[tuple[str, int]]] = {
     "inside the last checkpoint": [("replace", 3)],
     "three times": [("log_step", 6), ("log_step", EPOCH + 2), ("log_step", 3)],
 }
-kills = pytest.mark.parametrize("name", KILLS)
 
 
 class Ended(NamedTuple):
-    """What a run leaves behind."""
+    """The results of a run."""
 
     log: bytes
     checkpoint: list[Any]  # its values, to the bit
-    table: list[str]  # what was printed, without lines about the run's folder
+    table: list[str]  # printed lines that do not name the folder
 
 
 def demo(*arguments: str) -> tuple[int, str]:
@@ -68,7 +64,7 @@ def ended(folder: Path, out: str) -> Ended:
 
 
 def kill(folder: Path, *instants: tuple[str, int], options: tuple[str, ...] = ()) -> None:
-    """Begins a run, and goes on with it, in processes that are killed."""
+    """Starts a run, and resumes it, in processes that are killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mixture_torch.app.cli"])
     arguments = [*BRIEF, *options, "--out", str(folder)]
@@ -88,52 +84,37 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return ended(folder, out)
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @functools.cache
-    def killed_and_resumed(name: str) -> Ended:
-        folder = tmp_path_factory.mktemp("killed")
-        kill(folder, *KILLS[name])
-        code, out = demo("--resume", "--out", str(folder))
-        assert code == 0
-        return ended(folder, out)
-
-    return killed_and_resumed
-
-
-@kills
-def test_resumed_run_ends_with_the_same_weights(name: str, resumed: Any, uninterrupted: Ended) -> None:
-    assert resumed(name).checkpoint == uninterrupted.checkpoint
-
-
-@kills
-def test_resumed_run_ends_with_the_same_log(name: str, resumed: Any, uninterrupted: Ended) -> None:
-    assert resumed(name).log == uninterrupted.log
-
-
-@kills
-def test_resumed_run_ends_with_the_same_table(name: str, resumed: Any, uninterrupted: Ended) -> None:
-    assert resumed(name).table == uninterrupted.table
+@pytest.mark.parametrize("name", KILLS)
+def test_resumed_run_ends_as_an_uninterrupted_one(name: str, tmp_path: Path, uninterrupted: Ended) -> None:
+    kill(tmp_path, *KILLS[name])
+    code, out = demo("--resume", "--out", str(tmp_path))
+    assert code == 0
+    assert ended(tmp_path, out) == uninterrupted
 
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that is complete, for tests that leave it as it is."""
+    """The folder of a complete run, for tests that leave it as it is."""
     folder = tmp_path_factory.mktemp("complete")
     assert demo(*BRIEF, "--out", str(folder))[0] == 0
     return folder
 
 
-def test_resuming_a_complete_run_changes_nothing(complete: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--device", "auto"], [*BRIEF, "--set", "runtime.mixture.K=10"]],
+    ids=["none", "another device", "those of the run"],
+)
+def test_resuming_a_complete_run_changes_nothing_and_shows_its_table(
+    complete: Path, uninterrupted: Ended, options: list[str]
+) -> None:
     before = contents(complete)
-    assert demo("--resume", "--out", str(complete))[0] == 0
-    assert contents(complete) == before
-
-
-def test_resuming_a_complete_run_says_so_and_shows_its_table(complete: Path, uninterrupted: Ended) -> None:
-    first, *rest = demo("--resume", "--out", str(complete))[1].splitlines()
+    code, out = demo("--resume", "--out", str(complete), *options)
+    first, *rest = out.splitlines()
+    assert code == 0
     assert "is complete" in first
     assert [line for line in rest if str(complete) not in line] == uninterrupted.table
+    assert contents(complete) == before
 
 
 @pytest.mark.parametrize("mixture", [{}, {"mode": "per_batch"}, {"mode": "label_supervised"}, {"K": 1000}], ids=str)
@@ -149,18 +130,16 @@ def test_report_of_a_resumed_run_is_that_of_its_last_step(mixture: dict[str, Any
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--epochs", "3"], "`demo.epochs` must stay 2 where a run goes on, got 3"),
-        (["--batch-size", "64"], "`demo.batch_size` must stay 128"),
-        (["--seed", "1"], "`demo.seed` must stay 0"),
-        (["--set", "runtime.mixture.K=12"], "`runtime.mixture.K` must stay 10 where a run goes on, got 12"),
-        (["--config", "other.yaml"], "`runtime.mixture.ema_decay` must stay 0.9"),
+        (["--epochs", "3"], "`demo.epochs` of a resumed run must stay 2, got 3"),
+        (["--set", "runtime.mixture.K=12"], "`runtime.mixture.K` of a resumed run must stay 10, got 12"),
+        (["--config", "other.yaml"], "`runtime.mixture.ema_decay` of a resumed run must stay 0.9"),
         (["--config", "torn.yaml"], "torn.yaml"),
         (["--device", "abacus"], "`device` must be"),
-        (["--out", "nowhere"], "`--out` must be the folder of a run to resume, got `nowhere` without `config.yaml`"),
-        (["--out", "empty"], "got `empty` without `config.yaml`"),
-        (["--out", "damaged"], "`damaged/checkpoint.pt` must be a checkpoint of this run"),
-        (["--out", "foreign"], "`foreign/checkpoint.pt` must be a checkpoint of this run"),
-        (["--out", "misshapen"], "`misshapen/checkpoint.pt` must be a checkpoint of this run"),
+        (["--out", "nowhere"], "`nowhere` holds no run to resume"),
+        (["--out", "empty"], "`empty` holds no run to resume"),
+        (["--out", "damaged"], "`damaged/checkpoint.pt` is not a checkpoint of this run"),
+        (["--out", "foreign"], "`foreign/checkpoint.pt` is not a checkpoint of this run"),
+        (["--out", "misshapen"], "`misshapen/checkpoint.pt` is not a checkpoint of this run"),
     ],
 )
 def test_resuming_what_cannot_be_is_one_line_and_changes_nothing(
@@ -189,41 +168,20 @@ def test_resuming_what_cannot_be_is_one_line_and_changes_nothing(
     assert (contents(complete), contents(tmp_path)) == before
 
 
-def test_resuming_takes_the_options_that_the_run_has(complete: Path) -> None:
-    options = [*BRIEF, "--set", "runtime.mixture.K=10", "--config", str(complete / "config.yaml")]
-    assert demo("--resume", "--out", str(complete), *options)[0] == 0
-
-
-def test_resuming_takes_another_device(complete: Path) -> None:
-    assert demo("--resume", "--out", str(complete), "--device", "auto")[0] == 0
-
-
-def test_resuming_without_a_folder_takes_the_run_that_began_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert [demo(*BRIEF)[0] for _ in range(2)] == [0, 0]
-    assert demo(*BRIEF, "--out", "runs/demo-of-mine")[0] == 0
-    assert demo("--resume")[1].startswith("The run in runs/demo-2 is complete")
-
-
-def test_resuming_without_a_folder_passes_over_a_run_that_came_to_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert demo(*BRIEF)[0] == 0
-    Path("runs/demo-2").mkdir()
-    shutil.copy("runs/demo/config.yaml", "runs/demo-2")
-    assert demo("--resume")[1].startswith("The run in runs/demo is complete")
-
-
-def test_resuming_without_a_folder_takes_a_run_that_came_to_nothing_if_it_is_the_only_one(
+def test_resuming_without_a_folder_takes_the_newest_run_with_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs/demo").mkdir(parents=True)
     shutil.copy(complete / "config.yaml", "runs/demo")
-    assert demo("--resume")[1].startswith("The run in runs/demo goes on: 0 of 28 steps are done")
+    assert demo("--resume")[1].startswith("The run in runs/demo is resumed: 0 of 28 steps are done")
+    shutil.copytree(complete, "runs/demo-2")
+    Path("runs/demo-3").mkdir()
+    shutil.copy(complete / "config.yaml", "runs/demo-3")
+    shutil.copytree(complete, "runs/demo-of-mine")
+    for folder in ("runs/demo", "runs/demo-2", "runs/demo-3", "runs/demo-of-mine"):  # from old to new
+        Path(folder, "config.yaml").touch()
+    assert demo("--resume")[1].startswith("The run in runs/demo-2 is complete")
 
 
 def test_resumed_run_notes_in_one_line_what_it_set_aside(
@@ -250,7 +208,7 @@ def test_resuming_without_any_run_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert demo("--resume")[0] == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "`--resume` must find a run in `runs/demo`, got none" in line
+    assert "There is no run to resume in `runs/demo`" in line
     assert not contents(tmp_path)
 
 
@@ -263,12 +221,14 @@ def test_disabled_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert resumed == whole
 
 
-def test_run_of_one_process_goes_on_with_two(tmp_path: Path) -> None:
-    kill(tmp_path, ("log_step", EPOCH + 1))
+def test_run_of_one_process_is_resumed_on_two_and_leaves_one_log(tmp_path: Path) -> None:
+    options = ("--set", "runtime.mixture.cross_rank=true", "--set", "runtime.mixture.store_scores=true")
+    kill(tmp_path, ("log_step", EPOCH + 1), options=options)
     command = [*TORCHRUN, "2", "-m", "mixture_torch", "demo", "--resume", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert read_log(tmp_path)["step"].tolist() == list(range(STEPS))
-    assert result.stdout.count("goes on: 14 of 28 steps are done") == 1
+    assert [len(entry["responsibilities"]) for entry in read_scores(tmp_path)] == [256] * STEPS
+    assert result.stdout.count("is resumed: 14 of 28 steps are done") == 1
     assert result.stdout.count("participation ratio") == 1
 
 
@@ -281,7 +241,7 @@ def test_run_of_many_processes_ends_with_the_same_weights_and_log(world: int, tm
 
     cross_rank = ("--set", "runtime.mixture.cross_rank=true")
     whole = run("whole", ["mixture_torch"], *BRIEF, *cross_rank)
-    killed = run("killed", ["tests.wrapper.killed", "log_step", str(EPOCH + 6)], *BRIEF, *cross_rank)
+    killed = run("killed", ["tests.app.killed", "log_step", str(EPOCH + 6)], *BRIEF, *cross_rank)
     assert killed.returncode != 0
     resumed = run("killed", ["mixture_torch"], "--resume")
     assert resumed.returncode == whole.returncode == 0
