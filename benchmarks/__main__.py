@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures, prints one table per theme, and keeps a page per hardware."""
+"""`python -m benchmarks`: measures the estimator, prints tables, and updates one page per device."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what the command line asks for.
+    """Measures the themes that the command line names.
 
     Args:
         arguments: The words after `python -m benchmarks`; None takes them from the process.
@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(words)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("`--device cuda` needs a GPU that torch can see, got none.")
-    if options.out is None:  # a page of real results is not to be replaced by a trial
+        parser.error("`--device cuda` needs a GPU, but torch sees none.")
+    if options.out is None:  # a trial must not replace a page of real results
         options.out = Path(tempfile.mkdtemp(prefix="benchmarks-")) if options.quick else RESULTS
-    # As the estimator computes: a product in TF32 would be no yardstick for one in float32.
+    # The estimator computes in full float32; a product in TF32 would be an unfair yardstick.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     titles = [module.TITLE for module in THEMES.values()]
     for device in _devices(options.device):
@@ -50,17 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, parents=[_out()])
-    parser.add_argument("--themes", nargs="+", choices=THEMES, default=list(THEMES), help="all of them without it")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="without it the CPU, and CUDA if present")
-    parser.add_argument("--quick", action="store_true", help="few repetitions at small sizes, to see that it runs")
-    parser.add_argument("--training-seconds", type=float, default=30.0, help="per configuration of the training theme")
+    parser.add_argument("--themes", nargs="+", choices=THEMES, default=list(THEMES), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, and CUDA if present")
+    parser.add_argument("--quick", action="store_true", help="a short trial at small sizes")
+    parser.add_argument(
+        "--training-seconds", type=float, default=30.0, help="per configuration of the training theme; default: 30"
+    )
     return parser
 
 
 def _out() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
-        "--out", type=Path, help="folder for the pages; without it benchmarks/results, and a temporary one with --quick"
+        "--out", type=Path, help="folder for the pages; default: benchmarks/results, or a temporary folder with --quick"
     )
     return parser
 
@@ -71,7 +73,7 @@ def _devices(name: str | None) -> list[torch.device]:
 
 
 def _without_out(words: Sequence[str]) -> list[str]:
-    """The command line but for where the page goes, which is a path of one machine."""
+    """Returns the command line without `--out`, which is a path of one machine."""
     return _out().parse_known_args(words)[1]
 
 

@@ -15,12 +15,12 @@ TITLE = "Growth"
 BASES = {"N": Size(1, 128, 8), "D": Size(1024, 1, 8), "K": Size(2048, 128, 1)}
 CPU_VALUES = {"N": (256, 1024, 4096, 16384), "D": (32, 128, 512, 2048), "K": (2, 8, 32, 128)}
 CUDA_VALUES = {"N": (1024, 4096, 16384, 65536, 262144), "D": (64, 256, 1024, 4096), "K": (2, 8, 32, 128, 512)}
-SLOPE = "The slope is that of log time over log size between the last two rows: 1 is linear, 2 quadratic."
+SLOPE = "Slope of log time over log size between the last two rows: 1 is linear, 2 quadratic."
 QUICK_VALUES = {"N": (64, 256), "D": (8, 32), "K": (2, 4)}
 
 
 def tables(settings: Settings) -> list[Table]:
-    """Returns one table with a log-log figure per axis."""
+    """Returns one table per axis, with a log-log figure."""
     on_cuda = settings.device.type == "cuda"
     values = QUICK_VALUES if settings.quick else CUDA_VALUES if on_cuda else CPU_VALUES
     return [_axis(settings, axis, values[axis]) for axis in BASES]
@@ -49,7 +49,7 @@ def _axis(settings: Settings, axis: str, values: Sequence[int]) -> Table:
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Returns the exponent p of the power law seconds = c size^p by least squares on logarithms."""
+    """Returns the exponent p of seconds = c size^p, by least squares on logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), deg=1)[0])
 
 
@@ -69,7 +69,7 @@ def _seconds(settings: Settings, size: Size, names: Sequence[str]) -> dict[str, 
 
 
 def _figure(title: str, axis: str, values: Sequence[int], curves: Mapping[str, Sequence[float]]) -> bytes:
-    # Not through pyplot, which would look for a display.
+    # pyplot would look for a display.
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=axis, ylabel="ms per step", title=title)
     for name, seconds in curves.items():

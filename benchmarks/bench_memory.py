@@ -1,4 +1,4 @@
-"""How much memory one update takes beyond what is there before it."""
+"""The peak memory of one update, beyond the memory in use before it."""
 
 import multiprocessing
 import re
@@ -17,12 +17,12 @@ from mixture_torch import MixtureStats
 TITLE = "Peak memory"
 SIZE, QUICK_SIZE = Size(8192, 2048, 64), Size(2048, 256, 8)
 FLOAT32 = 4  # bytes
-TIMES_X = 4  # what an update may take beyond the new state, in batches
+TIMES_X = 4  # the bar: batches that an update may take beyond the new state
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def tables(settings: Settings) -> list[Table]:
-    """Returns one table: the peak with and without the last statistics in the caller's hands."""
+    """Returns one table: the peak while the caller holds the last statistics, and without them."""
     if settings.device.type == "cpu" and not CLEAR.exists():
         return [Table(title="Peak memory of one update", remarks=("Not measured: it takes Linux's /proc.",))]
     size = QUICK_SIZE if settings.quick else SIZE
@@ -35,12 +35,12 @@ def tables(settings: Settings) -> list[Table]:
             header=("last statistics", "compiled", "peak, MB", "new state, MB", "beyond it, MB", "beyond it, times x"),
             rows=tuple(rows),
             remarks=(
-                f"What the estimator takes at an update's peak, beyond the old state ({state} MB) and the batches "
-                f"({batch} MB each): the new state, whose memory it keeps for the step after, and what is beyond it. "
+                f"Peak memory of an update beyond the old state ({state} MB) and the batches ({batch} MB each). It "
+                "includes the new state, whose memory is kept for the next step. "
                 f"The bar is the new state and {TIMES_X} times x.",
-                "On CUDA, what torch allocated, and for compiled steps what it reserved, the graphs' memory included; "
-                "on CPU, resident memory of a process of its own, which is less than the new state: of it only what "
-                "lies on or below the diagonal is ever touched.",
+                "On CUDA, memory that torch allocated; for compiled steps, memory that it reserved, which includes the "
+                "graphs. On a CPU, resident memory of a separate process; it is less than the new state, because "
+                "only its lower triangle is ever touched.",
             ),
         )
     ]
@@ -62,11 +62,11 @@ def _row(settings: Settings, size: Size, *, held: bool, compile: bool) -> tuple[
 
 
 def peak_on_cuda(size: Size, *, held: bool, compile: bool) -> int:
-    """Returns the bytes that an estimator has at an update's peak beyond one state.
+    """Returns the peak bytes of an estimator during an update, beyond one state.
 
     Args:
         size: N, D and K.
-        held: Whether a variable holds the statistics of the update before.
+        held: Whether a variable holds the previous statistics.
         compile: Whether the estimator compiles its step.
     """
     device = torch.device("cuda")
@@ -88,18 +88,18 @@ def peak_on_cuda(size: Size, *, held: bool, compile: bool) -> int:
 
 
 def peak_on_cpu(size: Size, held: bool) -> int:
-    """Returns the bytes of resident memory that an estimator has at an update's peak beyond one state.
+    """Returns the peak resident bytes of an estimator during an update, beyond one state.
 
     Args:
         size: N, D and K.
-        held: Whether a variable holds the statistics of the update before.
+        held: Whether a variable holds the previous statistics.
     """
     torch.set_num_threads(1)
     batches, _ = cases.draw(size, device=torch.device("cpu"))
     before = _status("VmRSS")
     estimator = MixtureStats(K=size.K, enabled=True)
     kept = _settle(estimator, batches, held=held)
-    CLEAR.write_text("5")  # makes the peak start anew from what is resident now
+    CLEAR.write_text("5")  # resets the peak to the present resident memory
     estimator.update(batches[-1])
     peak = _status("VmHWM") - before - _state_bytes(size)
     del kept
@@ -114,7 +114,7 @@ def _settle(estimator: MixtureStats, batches: list[Tensor], *, held: bool) -> Ma
 
 
 def _in_a_process_of_its_own(size: Size, *, held: bool) -> int:
-    # Spawned, since a forked one would begin with this one's memory.
+    # Spawned: a forked process would start with the memory of this one.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(peak_on_cpu, size, held).result()

@@ -60,12 +60,12 @@ def _on_cuda(settings: Settings) -> Table:
         ),
         rows=tuple(rows),
         remarks=(
-            f"Medians over {settings.rounds} interleaved rounds. GPU: from an event before 20 steps to one after them, "
-            "over 20; where the host is the slower of the two, it is the host's time. Host: the same 20 steps by the "
-            "clock, from an idle GPU to the last call's return; where the GPU is the slower, it is the GPU's time, "
-            "since a step's row waits for the one before. Host at once: a single step after a wait for the GPU, from "
+            f"Medians over {settings.rounds} interleaved rounds. GPU: time per step between events around 20 steps; if "
+            "the host is slower than the GPU, this is the host's time. Host: time per step of the same 20 steps by the "
+            "clock, from an idle GPU to the return of the last call; if the GPU is slower, this is the GPU's time, "
+            "because each row waits for the previous step. Host at once: one step after a wait for the GPU, after "
             "which a host wakes up slowly.",
-            "A dash: the differences of all rows to all means would take more than 2 GB.",
+            "A dash: the differences between all rows and all means would take more than 2 GB.",
         ),
     )
 

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for the GPU."""
+"""How often a step waits for the GPU."""
 
 import warnings
 
@@ -15,7 +15,7 @@ STEPS = 100
 
 
 def tables(settings: Settings) -> list[Table]:
-    """Returns one table, or a sentence where there is no GPU to wait for."""
+    """Returns one table, or a sentence if there is no GPU."""
     title = f"Syncs per step over {STEPS} steps"
     if settings.device.type != "cuda":
         return [Table(title=title, remarks=("Not applicable: on a CPU there is nothing to wait for.",))]
@@ -37,7 +37,7 @@ def tables(settings: Settings) -> list[Table]:
 
 
 def syncs(run: Run) -> float:
-    """Returns how many synchronising calls torch warns of, per call."""
+    """Returns the number of synchronising operations per call, as torch counts them."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -51,7 +51,7 @@ def syncs(run: Run) -> float:
 
 
 def outcome(run: Run) -> str:
-    """Returns how so many calls end where torch raises at a synchronising one."""
+    """Returns "runs", or the error of torch if an operation synchronises."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

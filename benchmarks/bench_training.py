@@ -1,4 +1,4 @@
-"""What the estimator adds to a whole step of SimCLR training."""
+"""The time that the estimator adds to a step of SimCLR training."""
 
 import importlib
 import itertools
@@ -27,19 +27,19 @@ WITHOUT = "without"
 
 
 class Job(NamedTuple):
-    """What is trained, and for how long."""
+    """A network to train, and for how long."""
 
     model: str
     K: int
     D: int
-    batch: int  # images, of each of which there are two views
+    batch: int  # images, with two views each
     pixels: int
     pairs: int  # at least
     seconds: float
 
 
 def tables(settings: Settings) -> list[Table]:
-    """Returns one table, or a sentence where there is nothing to train."""
+    """Returns one table, or a sentence if torchvision is missing."""
     title = "A step of SimCLR, bfloat16 autocast, with and without the estimator"
     if not present("torchvision"):
         return [Table(title=title, remarks=("Not measured: torchvision is not installed.",))]
@@ -94,8 +94,8 @@ class Training:
     """A network in training on random images.
 
     Args:
-        job: What to train.
-        device: Where.
+        job: The network and its batch.
+        device: Of the training.
     """
 
     def __init__(self, job: Job, device: torch.device) -> None:
@@ -112,7 +112,7 @@ class Training:
         self._steps = itertools.count()
 
     def step(self, estimator: MixtureStats | None) -> None:
-        """Takes one step, waited for; with an estimator, feeds it and writes its row."""
+        """Takes one step and waits for it; an estimator is fed and writes its row."""
         self.optimizer.zero_grad()
         with activate(estimator), torch.autocast(self.device.type, dtype=torch.bfloat16):
             z1, z2 = self.network(self.images).chunk(2)
@@ -128,12 +128,12 @@ class Training:
 def in_palindromes(
     steps: Mapping[str, Callable[[], None]], *, pairs: int, seconds: float, warmups: int
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each step, by name, in the order A B B A, so that a drift is shared alike.
+    """Returns the seconds of each step by name. The order A B B A spreads a drift evenly.
 
     Args:
-        steps: What takes turns.
-        pairs: How often each is timed, at least.
-        seconds: How long to go on beyond that.
+        steps: Functions that take turns.
+        pairs: Least number of times each is timed.
+        seconds: Least duration.
         warmups: Calls of each before the clock starts.
     """
     for step in steps.values():

@@ -1,4 +1,4 @@
-"""What is measured: sizes, inputs, and the estimator's step beside the same job done in other ways."""
+"""What is measured: sizes, inputs, the estimator's step and its competitors."""
 
 import itertools
 import tempfile
@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.competitors import RowFile, ScikitLearn, Textbook
 from mixture_torch import MixtureStats
 
-BATCHES = 3  # different ones in turn, so that no step finds its own input in the cache
-LARGEST_DIFFERENCES = 2e9  # bytes of the (N, K, D) differences beyond which the textbook's formulas are left out
+BATCHES = 3  # in turn, so that no step finds its input in the cache
+LARGEST_DIFFERENCES = 2e9  # bytes of (N, K, D) differences; beyond that the textbook is left out
 
 PRODUCT = "x.T @ x"
 ESTIMATOR = "update + log_step"
@@ -53,12 +53,12 @@ class Settings(NamedTuple):
 
     @property
     def warmups(self) -> int:
-        """Steps before the clock starts: the state settles, and on CUDA kernels are chosen or compiled."""
+        """Steps before the clock starts, in which the state settles and CUDA kernels are compiled."""
         return 10 if self.device.type == "cuda" else 5
 
 
 class Stepper(Protocol):
-    """Something that takes a batch and keeps a mixture of all it has seen."""
+    """A competitor: takes batches and keeps a mixture of them."""
 
     def step(self, x: Tensor) -> None:
         """Takes one batch, (N, D)."""
@@ -68,8 +68,8 @@ def draw(size: Size, *, device: torch.device, seed: int = 0) -> tuple[list[Tenso
     """Returns batches, (N, D) each, of K separated Gaussians of unit covariance, and their means, (K, D).
 
     Args:
-        size: N, D and K. Components come equally often.
-        device: Where the tensors go; the numbers are the same everywhere.
+        size: N, D and K. Components are equally frequent.
+        device: Of the tensors; the numbers are the same on all devices.
         seed: Of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -86,14 +86,14 @@ def make_estimator(K: int, folder: Path, *, compile: bool = False) -> MixtureSta
     Args:
         K: Number of components.
         folder: For its files.
-        compile: Whether it compiles its step; only where it can.
+        compile: Whether it compiles its step, if it can.
     """
     options = {"compile": True} if compile else {}
     return MixtureStats(K=K, enabled=True, is_main=True, log_dir=folder, **options)  # type: ignore[arg-type]  # by name
 
 
 class Ours:
-    """The estimator's step as a training loop makes it."""
+    """The estimator's step in a training loop."""
 
     def __init__(self, size: Size, folder: Path, *, compile: bool = False, read: bool = False) -> None:
         self.estimator = make_estimator(size.K, folder, compile=compile)
@@ -101,7 +101,7 @@ class Ours:
         self._steps = itertools.count()
 
     def step(self, x: Tensor) -> None:
-        """Takes one batch and writes its row; reads Sigma and B if so made."""
+        """Takes one batch and writes its row; reads Sigma and B if `read`."""
         stats = self.estimator.update(x)
         self.estimator.log_step(step=next(self._steps), epoch=0, stats=stats)
         if self._read:
@@ -112,16 +112,16 @@ class Product:
     """The yardstick: one product of the batch with itself."""
 
     def step(self, x: Tensor) -> None:
-        """Computes x.T @ x and drops it."""
+        """Computes x.T @ x."""
         x.T @ x
 
 
 @contextmanager
 def competitors(size: Size, names: Iterable[str], *, device: torch.device) -> Iterator[dict[str, Run]]:
-    """Makes competitors by name, each a call that takes the next batch; closes their files afterwards.
+    """Yields competitors by name, each a function that takes the next batch; closes their files afterwards.
 
     Args:
-        size: N, D and K. A competitor that is no match for it is left out, as `fits` says.
+        size: N, D and K. Competitors that do not fit are left out (see `fits`).
         names: Some of the constants of this module.
         device: Where the batches are.
     """
@@ -143,7 +143,7 @@ def fits(name: str, size: Size) -> bool:
 
 
 def in_turn(step: Callable[[Tensor], None], batches: list[Tensor]) -> Run:
-    """Returns a call that takes a step with the next batch, over and over."""
+    """Returns a function that takes a step with the next batch at each call."""
     endless = itertools.cycle(batches)
     return lambda: step(next(endless))
 

@@ -1,4 +1,4 @@
-"""The estimator's job done without it: by the formulas of a textbook in plain torch, and with scikit-learn.
+"""The same job without the estimator: by textbook formulas in plain torch, and with scikit-learn.
 
 Both average the parameters of the batches exponentially, which is the usual way, and start from the true means, which
 saves them a search. What they compute of a single batch is what the estimator computes of it.
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class RowFile:
-    """A CSV file with the estimator's columns, each row written out at once."""
+    """A CSV file with the estimator's columns; each row is flushed."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / "mixture.csv").open("w", buffering=1, encoding="ascii")
@@ -47,7 +47,7 @@ class Textbook:
 
     Args:
         centers: (K, D) means to start from.
-        rows: Where a row goes at each step.
+        rows: The file of rows.
     """
 
     def __init__(self, centers: Tensor, rows: RowFile) -> None:
@@ -83,7 +83,7 @@ class ScikitLearn:
     Args:
         centers: (K, D) means to start from.
         N: Rows of a batch.
-        rows: Where a row goes at each step.
+        rows: The file of rows.
     """
 
     def __init__(self, centers: Tensor, N: int, rows: RowFile) -> None:
@@ -113,5 +113,5 @@ class ScikitLearn:
 
 
 def averaged(old: Any, new: Any) -> Any:
-    """Returns the exponential average of a parameter, tensor or array; the first value begins it."""
+    """Returns the exponential average of a parameter, which starts with its first value."""
     return new if old is None else DECAY * old + (1 - DECAY) * new

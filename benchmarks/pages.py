@@ -1,4 +1,4 @@
-"""One Markdown page per hardware, a section per theme, so that a theme measured anew replaces its section alone."""
+"""One Markdown page per device, with a section per theme; a new measurement replaces only its section."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ NONE = "-"  # in a cell: not measured
 
 @attrs.frozen(kw_only=True)
 class Table:
-    """One table with what there is to say about it."""
+    """One table with its remarks and figures."""
 
     title: str
     header: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ class Table:
         """Returns the table as Markdown.
 
         Args:
-            slug: What the names of the figures' files begin with.
+            slug: Prefix of the names of the figures' files.
         """
         parts = [f"### {self.title}"]
         if self.header:
@@ -43,13 +43,13 @@ class Table:
 def save_theme(
     folder: Path, device: torch.device, theme: str, tables: Sequence[Table], *, order: Sequence[str], command: str
 ) -> str:
-    """Puts a theme's tables on the hardware's page, in the place of those that were there, and returns them.
+    """Replaces the tables of a theme on the page of a device, and returns their Markdown.
 
     Args:
-        folder: Where the page and its figures are; made if need be.
-        device: What was measured.
+        folder: Of the page and its figures; made if need be.
+        device: The measured device.
         theme: The section's title.
-        tables: What goes there.
+        tables: Their new content.
         order: The titles of all themes, in the page's order.
         command: What the tables were made with.
     """

@@ -1,8 +1,8 @@
-"""How to read the numbers: the demo's encoder trained well and badly, and what the estimator says of each.
+"""How to read the numbers: what the estimator reports while the demo's encoder is trained well and badly.
 
     python -m benchmarks.readings
 
-prints the README's table, in about a minute and a half on two cores.
+prints the table of benchmarks/README.md, in about a minute and a half on two cores.
 """
 
 from collections.abc import Mapping
@@ -29,13 +29,13 @@ class Case(NamedTuple):
 
 
 def alignment(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Returns 1 - mean cos(z1, z2), (): views are pulled together and nothing is pushed apart."""
+    """Returns 1 - mean cos(z1, z2), (): a loss that pulls views together and pushes nothing apart."""
     _feed(functional.normalize(torch.cat([z1, z2]).detach(), dim=1))
     return 1 - functional.cosine_similarity(z1, z2).mean()
 
 
 def broken_first_batch() -> ContrastiveLoss:
-    """Returns NT-Xent with an estimator that sees unnormalised embeddings, three of the first batch being broken."""
+    """Returns NT-Xent, with unnormalised embeddings for the estimator and three broken ones in the first batch."""
     factors, nt_xent = torch.tensor([1e2, 2e2, 3e2]), NTXentLoss(demo.TEMPERATURE)
 
     def loss(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -44,14 +44,14 @@ def broken_first_batch() -> ContrastiveLoss:
         seen[: len(factors)] *= factors[:, None]
         factors = factors[:0]
         _feed(seen)
-        with activate(None):  # which would feed the normalised embeddings
+        with activate(None):  # the loss itself would feed the normalised embeddings
             return nt_xent.forward(z1, z2)
 
     return loss
 
 
 def read(case: Case) -> list[str]:
-    """Returns the table's rows of one case.
+    """Returns the rows of one case.
 
     Args:
         case: The way to train.

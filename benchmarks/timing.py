@@ -1,4 +1,4 @@
-"""Times of competitors that take turns, so that whatever disturbs the machine disturbs them all alike."""
+"""Times of competitors that take turns, so that disturbances affect all of them alike."""
 
 import math
 import statistics
@@ -12,14 +12,14 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # i
 
 from benchmarks.cases import Run
 
-SAMPLE_SECONDS = 0.005  # a shorter call is repeated until it takes so long, or the clock would be part of the result
+SAMPLE_SECONDS = 0.005  # shorter calls are repeated up to this time, so that the clock does not matter
 MOST_CALLS = 100
 STEPS_BETWEEN_EVENTS = 20
 NORMAL_95 = 1.96
 
 
 class Interval(NamedTuple):
-    """A mean difference and what is known about it."""
+    """A mean difference, its confidence interval, and the median."""
 
     mean: float
     low: float  # of the 95 % confidence interval of the mean
@@ -31,8 +31,8 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval
     """Returns the mean of second - first over pairs, with its normal 95 % interval: mean +- 1.96 s / sqrt(n).
 
     Args:
-        first: One figure per pair.
-        second: The other figure of each pair; two pairs at least.
+        first: One figure per pair; at least two.
+        second: The other figure of each pair.
     """
     differences = [b - a for a, b in zip(first, second, strict=True)]
     mean = statistics.fmean(differences)
@@ -41,18 +41,18 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval
 
 
 def warm_up(runs: Mapping[str, Run], *, steps: int) -> None:
-    """Calls everything so many times."""
+    """Calls each competitor `steps` times."""
     for run in runs.values():
         for _ in range(steps):
             run()
 
 
 def minima(runs: Mapping[str, Run], *, rounds: int) -> dict[str, float]:
-    """Returns the least seconds per call on the CPU, by name, after a warm-up.
+    """Returns the minimum seconds per call on the CPU, by name.
 
     Args:
         runs: The competitors.
-        rounds: How often each has its turn.
+        rounds: Number of turns.
     """
     calls = {name: _calls_per_sample(run) for name, run in runs.items()}
     clocks = {name: _Wall(run, calls[name]) for name, run in runs.items()}
@@ -60,22 +60,22 @@ def minima(runs: Mapping[str, Run], *, rounds: int) -> dict[str, float]:
 
 
 def gpu_medians(runs: Mapping[str, Run], *, rounds: int) -> dict[str, float]:
-    """Returns the median seconds per call on the GPU, by name, by events around 20 calls.
+    """Returns the median seconds per call on the GPU, by name, from events around 20 calls.
 
     Args:
         runs: The competitors, warmed up.
-        rounds: How often each has its turn.
+        rounds: Number of turns.
     """
     clocks = {name: _Events(run) for name, run in runs.items()}
     return {name: statistics.median(seconds) for name, seconds in _interleaved(clocks, rounds).items()}
 
 
 def host_medians(runs: Mapping[str, Run], *, rounds: int, calls: int) -> dict[str, float]:
-    """Returns the median seconds that a call keeps the host, by name, in so many calls from an idle GPU on.
+    """Returns the median seconds until a call returns to the host, by name, starting from an idle GPU.
 
     Args:
         runs: The competitors, warmed up.
-        rounds: How often each has its turn.
+        rounds: Number of turns.
         calls: 1 is a host that has just woken up, which takes its time; more also wait where the GPU is slower.
     """
     clocks = {name: _Host(run, calls) for name, run in runs.items()}
@@ -84,7 +84,7 @@ def host_medians(runs: Mapping[str, Run], *, rounds: int, calls: int) -> dict[st
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Runs its block with so many threads, in torch, NumPy and scikit-learn; puts torch's number back after it."""
+    """Limits torch, NumPy and scikit-learn to `count` threads inside a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -112,7 +112,7 @@ class _Wall:
         self.run, self.calls = run, calls
 
     def __call__(self) -> float:
-        self.run()  # not timed: after another's turn, caches and thread pools are the other's
+        self.run()  # not timed: caches and thread pools still belong to the previous competitor
         start = time.perf_counter()
         for _ in range(self.calls):
             self.run()

@@ -1,4 +1,4 @@
-"""Which module may import which, where side effects live, and which names are public."""
+"""Where files lie, which module may import which, where side effects live, and which names are public."""
 
 import ast
 import importlib
@@ -101,7 +101,17 @@ def test_core_imports_go_down_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_torch_attrs_and_the_standard_library_alone(path: Path) -> None:
-    standard = {"__future__", "collections", "functools", "itertools", "math", "numbers", "typing", "warnings"}
+    standard = {
+        "__future__",
+        "collections",
+        "functools",
+        "itertools",
+        "math",
+        "numbers",
+        "reprlib",
+        "typing",
+        "warnings",
+    }
     extra = {"testing": {"hypothesis"}, "kernels": {"triton"}}.get(path.stem, set())
     assert {name.split(".")[0] for name in imported(path)} <= {"torch", "attrs", "mixture_core"} | standard | extra
 

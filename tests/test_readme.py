@@ -1,7 +1,9 @@
-"""What the README says is what happens."""
+"""Every example in every README runs, and the tables agree with the code."""
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -9,15 +11,24 @@ import torch
 import yaml
 from torch import nn
 
-from mixture_torch import MixtureRuntimeConfig, NTXentLoss
-from mixture_torch.memory import ExactStats
+from benchmarks.__main__ import main as benchmarks
+from mixture_torch import MixtureRuntimeConfig, MixtureStats, NTXentLoss
+from mixture_torch.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]
+}
+README = PAGES["README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str) -> list[Any]:
+    return [
+        pytest.param(block, id=f"{page}-{number}")
+        for page, text in PAGES.items()
+        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    ]
 
 
 def table_after(heading: str) -> dict[str, list[str]]:
@@ -28,7 +39,7 @@ def table_after(heading: str) -> dict[str, list[str]]:
 
 @pytest.fixture
 def training_loop() -> dict[str, object]:
-    """Stands in for what a reader has already: a model, an optimizer, a loader and a criterion."""
+    """The names that a reader has already: a model, an optimizer, a loader and a criterion."""
     model = nn.Linear(12, 6)
     return {
         "model": model,
@@ -38,14 +49,53 @@ def training_loop() -> dict[str, object]:
     }
 
 
+def test_repository_has_a_readme_per_folder() -> None:
+    assert set(PAGES) == {"README.md"} | {
+        f"{folder}/README.md" for folder in ("mixture_core", "mixture_torch", "tests", "benchmarks")
+    }
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_readme_python_runs(code: str, training_loop: dict[str, object], tmp_path, monkeypatch) -> None:
+def test_python_of_every_readme_runs(code: str, training_loop: dict[str, object], tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), training_loop)
 
 
+@pytest.mark.parametrize("text", blocks("sh"))
+def test_commands_of_every_readme_exist(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in re.split(r"\n| && ", text.strip()):
+        words = shlex.split(command)
+        if "demo" in words:
+            assert main([*words[words.index("demo") :], "--help"]) == 0
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            with pytest.raises(SystemExit, match="0"):
+                benchmarks([*words[3:], "--help"])
+        elif words[:2] == ["python", "-m"]:
+            assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists()
+        else:
+            assert words[0] in ("pip", "pytest")
+            paths = [word for word in words if "/" in word]
+            assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_every_readme_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        path, _, heading = target.partition("#")
+        found = (ROOT / page).parent / path
+        assert found.exists(), target
+        if heading:
+            assert re.search(rf"^#+ {heading}$", found.read_text(encoding="utf-8"), re.IGNORECASE | re.MULTILINE), (
+                target
+            )
+
+
+def test_front_page_is_short() -> None:
+    assert len(README.split()) <= 2000
+
+
 def test_readme_yaml_is_the_default_configuration() -> None:
-    (block,) = blocks("yaml")
+    ((block,),) = [param.values for param in blocks("yaml")]
     assert MixtureRuntimeConfig.from_mapping(yaml.safe_load(block)) == MixtureRuntimeConfig()
 
 
@@ -54,10 +104,11 @@ def test_readme_options_are_those_of_the_configuration() -> None:
     assert documented == attrs.asdict(MixtureRuntimeConfig())
 
 
-def test_readme_keys_are_those_of_the_statistics() -> None:
-    assert set(table_after("What it returns")) == set(ExactStats.KEYS)
+def test_readme_results_are_those_of_an_update() -> None:
+    assert set(table_after("What it returns")) == set(MixtureStats(K=2, enabled=True).update(torch.randn(20, 3)))
 
 
 def test_readme_test_command_is_what_ci_runs() -> None:
-    (command,) = [line for block in blocks("sh") for line in block.splitlines() if line.endswith("&& pytest")]
+    lines = README.splitlines()
+    (command,) = [line for line in lines if line.endswith("&& pytest")]
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
