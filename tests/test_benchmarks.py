@@ -1,5 +1,6 @@
-"""That the benchmarks run, and that what they compare is the same job."""
+"""The benchmarks run, and their competitors do the same job."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,41 +20,27 @@ CPU = torch.device("cpu")
 SIZE = Size(N=400, D=16, K=4)
 
 
-def run(folder: Path, *themes: str) -> str:
-    main(["--quick", "--device", "cpu", "--out", str(folder), "--themes", *themes])
-    (page,) = folder.glob("*.md")
-    return page.read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page of a quick run of two themes."""
-    folder = tmp_path_factory.mktemp("results")
-    run(folder, "step", "syncs")
-    return folder
-
-
-def section(page: str, title: str) -> str:
-    return page.split(f"## {title}\n")[1].split("\n## ")[0]
-
-
-def test_page_has_a_row_of_every_size_and_the_command(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step = section(run(results, "step"), "A step against others")
-    assert "\n| 256 | 16 | 4 | " in step
-    assert "`python -m benchmarks --quick --device cpu --themes step`" in step
-    assert f"torch {torch.__version__}" in step
-    assert step.strip() in capsys.readouterr().out
-
-
-def test_theme_measured_anew_replaces_its_section_alone(results: Path) -> None:
-    (page,) = results.glob("*.md")
+def test_quick_run_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--themes", "step", "syncs"])
+    (page,) = tmp_path.glob("*.md")
     text = page.read_text(encoding="utf-8")
-    syncs = section(text, "Syncs")
-    page.write_text(text.replace(section(text, "A step against others"), "\nold\n"), encoding="utf-8")
-    again = run(results, "step")
-    assert section(again, "Syncs") == syncs
-    assert "\nold\n" not in again
-    assert [line for line in again.splitlines() if line.startswith("## ")] == ["## A step against others", "## Syncs"]
+    assert "\n| 256 | 16 | 4 | " in text
+    assert "`python -m benchmarks --quick --device cpu --themes step syncs`" in text
+    assert f"torch {torch.__version__}" in text
+    assert text.split("## ")[1].strip() in capsys.readouterr().out
+
+
+def test_theme_measured_again_replaces_only_its_section(tmp_path: Path) -> None:
+    def save(theme: str, title: str) -> str:
+        table = pages.Table(title=title)
+        pages.save_theme(tmp_path, CPU, theme, [table], order=["First", "Second"], command="command")
+        (page,) = tmp_path.glob("*.md")
+        return page.read_text(encoding="utf-8")
+
+    save("Second", "old")
+    save("First", "kept")
+    text = save("Second", "new")
+    assert re.findall(r"^##+ (.*)$", text, re.MULTILINE) == ["First", "kept", "Second", "new"]
 
 
 def test_figures_lie_beside_the_page(tmp_path: Path) -> None:

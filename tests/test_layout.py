@@ -1,7 +1,9 @@
 """Where files lie, which module may import which, where side effects live, and which names are public."""
 
 import ast
+import doctest
 import importlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,21 +16,25 @@ CORE, WRAPPER = ROOT / "mixture_core", ROOT / "mixture_torch"
 CORE_ROWS = [
     ("config", "pytrees", "inputs"),
     ("kernels",),
-    ("moments",),
-    ("grouped",),
-    ("scatter", "stats"),
-    ("assign",),
+    ("kernels.assign", "kernels.summary"),
+    ("kernels.moments", "moments"),
+    ("stats", "absorb_cpu", "grouped"),
+    ("scatter",),
+    ("seeding", "assign", "absorb"),
     ("step",),
-    ("shares", "relocate"),
+    ("sharded", "shares", "relocate"),
     ("__init__",),
     ("testing",),
 ]
+TOP_LEVEL = {"pyproject.toml", "mixture_core", "mixture_torch", "tests", "benchmarks", "README.md"}
+RANKS = (WRAPPER / "update" / "ranks.py", WRAPPER / "distributed.py")
+DISK = (WRAPPER / "files" / "disk.py", WRAPPER / "disk.py")
 COLLECTIVES = {
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
     "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "monitored_barrier",
     "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
 }  # fmt: skip
-# By their last name, and those that are named like something harmless by their whole name.
+# By the last part of their name, or by the whole name if the last part is harmless elsewhere.
 WRITING_CALLS = {
     "FileIO", "fdopen", "flock", "fsync", "ftruncate", "hardlink_to", "link", "mkdtemp",
     "NamedTemporaryFile", "pwrite", "rename", "rmdir", "rmtree", "savez", "symlink", "symlink_to", "to_csv", "touch",
@@ -42,7 +48,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports anywhere, also below `if TYPE_CHECKING` and inside functions."""
+    """Yields every module that a file imports, also under `if TYPE_CHECKING` and inside functions."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -50,13 +56,14 @@ def imported(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path} imports relatively"
             assert node.module is not None
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            if not all((ROOT / name.replace(".", "/")).with_suffix(".py").exists() for name in names):
-                yield node.module  # something in it, and not modules of a package
+            paths = [ROOT / name.replace(".", "/") for name in names]
+            if not all(path.is_dir() or path.with_suffix(".py").exists() for path in paths):
+                yield node.module  # it imports an object of the module, not a module of the package
             yield from names
 
 
 def imported_at_run_time(path: Path) -> set[str]:
-    """The modules that a file imports as soon as it is imported itself."""
+    """Returns the modules that a file imports at its top level."""
     names: set[str] = set()
     for node in tree(path).body:
         if isinstance(node, ast.Import):
@@ -66,16 +73,17 @@ def imported_at_run_time(path: Path) -> set[str]:
     return names
 
 
+def module(path: Path) -> str:
+    """Returns the name of a module inside its package; "__init__" is the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
 def siblings(path: Path, package: str) -> set[str]:
-    """The modules of the same package that a file imports, "__init__" where it imports the package itself."""
-    names: set[str] = set()
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == package and len(parts) == 1:
-            names.add("__init__")
-        elif parts[0] == package and (ROOT / package / f"{parts[1]}.py").exists():
-            names.add(parts[1])
-    return names
+    """Returns the modules of the same package that a file imports; "__init__" is the package itself."""
+    modules = {module(other) for other in files(ROOT / package)}
+    inside = {name.partition(".")[2] or "__init__" for name in imported(path) if name.split(".")[0] == package}
+    return inside & modules
 
 
 def files(folder: Path) -> list[Path]:
@@ -86,49 +94,43 @@ def ids(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", files(CORE), ids=ids)
-def test_core_never_imports_the_wrapper(path: Path) -> None:
-    assert not [name for name in imported(path) if name.split(".")[0] == "mixture_torch"]
+def test_top_level_is_closed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    found = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} == TOP_LEVEL
 
 
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_go_down_only(path: Path) -> None:
-    row = {module: height for height, row in enumerate(CORE_ROWS) for module in row}
-    assert path.stem in row, f"{path.stem} has no place in CORE_ROWS"
-    upward = {module for module in siblings(path, "mixture_core") if row[module] >= row[path.stem]}
+    row = {name: height for height, names in enumerate(CORE_ROWS) for name in names}
+    assert module(path) in row, f"{module(path)} has no place in CORE_ROWS"
+    upward = {name for name in siblings(path, "mixture_core") if row[name] >= row[module(path)]}
     assert not upward
 
 
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_torch_attrs_and_the_standard_library_alone(path: Path) -> None:
-    standard = {
-        "__future__",
-        "collections",
-        "functools",
-        "itertools",
-        "math",
-        "numbers",
-        "reprlib",
-        "typing",
-        "warnings",
-    }
-    extra = {"testing": {"hypothesis"}, "kernels": {"triton"}}.get(path.stem, set())
-    assert {name.split(".")[0] for name in imported(path)} <= {"torch", "attrs", "mixture_core"} | standard | extra
+    standard = "__future__ collections functools itertools math numbers reprlib typing warnings"
+    extra = {"testing": {"hypothesis"}, "kernels": {"triton"}}.get(module(path), set())
+    assert {name.split(".")[0] for name in imported(path)} <= {
+        "torch",
+        "attrs",
+        "mixture_core",
+        *standard.split(),
+    } | extra
 
 
 @pytest.mark.parametrize("path", [path for path in files(CORE) if path.stem != "testing"], ids=ids)
-def test_core_has_no_global_random_number_and_no_file(path: Path) -> None:
-    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
-    for call in calls:
+def test_core_has_no_side_effects(path: Path) -> None:
+    nodes = list(ast.walk(tree(path)))
+    assert not [node for node in nodes if isinstance(node, ast.Global | ast.Nonlocal)]
+    for call in [node for node in nodes if isinstance(node, ast.Call)]:
         name = ast.unparse(call.func)
         assert name not in {"open", "print", "torch.manual_seed", "torch.seed"}, name
         if name.startswith("torch.rand"):
             assert "generator" in {keyword.arg for keyword in call.keywords}, name
-
-
-@pytest.mark.parametrize("path", [path for path in files(CORE) if path.stem != "testing"], ids=ids)
-def test_core_has_no_global_state(path: Path) -> None:
-    assert not [node for node in ast.walk(tree(path)) if isinstance(node, ast.Global | ast.Nonlocal)]
 
 
 def test_wrapper_has_no_import_cycle() -> None:
@@ -140,27 +142,29 @@ def test_wrapper_has_no_import_cycle() -> None:
         edges = {name: needs - set(leaves) for name, needs in edges.items() if name not in leaves}
 
 
-def test_writers_import_readers_and_not_the_other_way() -> None:
-    assert "mixture_torch.readers" in imported_at_run_time(WRAPPER / "writers.py")
-    for reader in ("readers", "scan", "archive", "torchzip"):
-        names = set(imported(WRAPPER / f"{reader}.py"))
-        assert not names & {"mixture_torch.writers", "mixture_torch.disk"}
+def test_wings_never_import_each_other() -> None:
+    for wing, others in (("files", ("update", "estimator")), ("update", ("files", "estimator"))):
+        for path in files(WRAPPER / wing):
+            names = {name.split(".")[1] for name in imported(path) if name.startswith("mixture_torch.")}
+            assert not names & {*others, "app"}, path
 
 
 def test_disk_knows_nothing_of_the_rest() -> None:
-    assert not [name for name in imported(WRAPPER / "disk.py") if name.split(".")[0] in ("mixture_torch", "torch")]
+    for path in DISK:
+        if path.exists():
+            assert not [name for name in imported(path) if name.split(".")[0] in ("mixture_torch", "torch")]
 
 
-@pytest.mark.parametrize("path", sorted(WRAPPER.glob("*.py")), ids=ids)
+@pytest.mark.parametrize("path", [path for path in files(WRAPPER) if "app" not in path.parts], ids=ids)
 def test_wrapper_never_needs_its_application_to_be_imported(path: Path) -> None:
     assert not [name for name in imported_at_run_time(path) if name.startswith("mixture_torch.app")]
 
 
 @pytest.mark.parametrize("path", files(WRAPPER), ids=ids)
 def test_collectives_are_in_one_file(path: Path) -> None:
-    if path == WRAPPER / "distributed.py":
+    if path in RANKS:
         return
-    if "app" not in path.parts:  # the application makes process groups, as a training script does
+    if "app" not in path.parts:  # the demo makes process groups, as a training script does
         assert not [name for name in imported(path) if name.startswith("torch.distributed")]
     called = [ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
     assert not [
@@ -170,7 +174,7 @@ def test_collectives_are_in_one_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(WRAPPER), ids=ids)
 def test_files_are_written_in_one_file(path: Path) -> None:
-    if path == WRAPPER / "disk.py":
+    if path in DISK:
         return
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
@@ -187,19 +191,16 @@ def test_files_are_written_in_one_file(path: Path) -> None:
                 ]
 
 
-def test_collectives_and_writes_are_where_they_are_looked_for() -> None:
-    # That the two tests above would see them.
-    assert "torch.distributed" in imported_at_run_time(WRAPPER / "distributed.py")
-    called = {
-        ast.unparse(node.func).removeprefix("os.")
-        for node in ast.walk(tree(WRAPPER / "disk.py"))
-        if isinstance(node, ast.Call)
-    }
-    assert {"ftruncate", "fsync"} <= called & WRITING_CALLS
+def test_collectives_and_writes_are_found_in_their_files() -> None:
+    """The two tests above would notice a collective or a write elsewhere."""
+    (ranks,), (disk,) = ([path for path in paths if path.exists()] for paths in (RANKS, DISK))
+    assert "torch.distributed" in imported_at_run_time(ranks)
+    called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(tree(disk)) if isinstance(node, ast.Call)}
+    assert called & WRITING_CALLS
 
 
 @pytest.mark.parametrize(
-    ("module", "names"),
+    ("package", "names"),
     [
         (
             "mixture_core",
@@ -217,16 +218,23 @@ def test_collectives_and_writes_are_where_they_are_looked_for() -> None:
         ),
     ],
 )
-def test_public_names_of_the_design_exist(module: str, names: str) -> None:
-    found = importlib.import_module(module)
+def test_public_names_exist(package: str, names: str) -> None:
+    found = importlib.import_module(package)
     assert [name for name in names.split() if not callable(getattr(found, name, None))] == []
 
 
-@pytest.mark.parametrize("module", ["mixture_core", "mixture_torch"])
-def test_everything_exported_exists_and_is_documented(module: str) -> None:
-    found = importlib.import_module(module)
+@pytest.mark.parametrize("package", ["mixture_core", "mixture_torch"])
+def test_everything_exported_exists_and_is_documented(package: str) -> None:
+    found = importlib.import_module(package)
     for name in found.__all__:
         assert getattr(found, name).__doc__, name
+
+
+@pytest.mark.parametrize("path", [*files(CORE), *files(WRAPPER)], ids=ids)
+def test_examples_in_docstrings_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    assert doctest.testmod(found, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
 def test_step_of_the_package_is_the_function() -> None:
