@@ -37,12 +37,15 @@ def _from_text(value: Any) -> Any:
 class MixtureRuntimeConfig(MixtureConfig):
     """All options of the estimator that a configuration file can set.
 
-    >>> MixtureRuntimeConfig.from_mapping({"runtime": {"mixture": {"enabled": True, "K": 12}}}).K
-    12
-
     Raises:
         TypeError: A value has the wrong type; the message names the option, the expected type and the value.
         ValueError: A value is out of range; the message names the option, the range and the value.
+
+    Example:
+        >>> from mixture_torch import MixtureRuntimeConfig
+        >>> config = MixtureRuntimeConfig.from_mapping({"runtime": {"mixture": {"enabled": True, "K": 12}}})
+        >>> config.K, config.mode
+        (12, 'ema')
     """
 
     # Whether the estimator does anything.
@@ -80,14 +83,14 @@ class MixtureRuntimeConfig(MixtureConfig):
 
         Args:
             mapping: The options themselves, or a whole training configuration with the options under
-                `runtime: mixture:` or under `mixture:`; all its other keys are left alone. OmegaConf's mappings work
+                `runtime: mixture:` or under `mixture:`; all its other keys are ignored. OmegaConf's mappings work
                 too. None or an empty block sets nothing.
 
         Raises:
             TypeError: `mapping` is no mapping, or a value has the wrong type.
             ValueError: A key is unknown, or a value is out of range.
         """
-        block, place = _find_block(mapping)
+        block, place = find_block(mapping)
         known = attrs.fields_dict(cls)
         refuse_unknown(block, known, place=place)
         numeric = {name for name, field in known.items() if field.type in (int, float, int | None)}
@@ -160,8 +163,16 @@ def _name(key: object) -> str:
     return shown(key).strip("'\"")
 
 
-def _find_block(mapping: Any) -> tuple[Mapping[Any, Any], str]:
-    """Returns the block of options, and where it stands."""
+def find_block(mapping: Any) -> tuple[Mapping[Any, Any], str]:
+    """Returns the options in a configuration, and where they stand.
+
+    Args:
+        mapping: As in `MixtureRuntimeConfig.from_mapping`.
+
+    Raises:
+        TypeError: A block is no mapping.
+        ValueError: `runtime` has a misspelled `mixture`.
+    """
     document = _as_mapping(mapping, "The configuration")
     if "runtime" in document:
         runtime = _as_mapping(document["runtime"], "`runtime`")

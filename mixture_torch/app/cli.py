@@ -17,7 +17,7 @@ from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, find_run_fold
 from mixture_torch.app.messages import complain, one_line_errors, one_line_warnings
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
-from mixture_torch.config import MixtureRuntimeConfig, parse_yaml, refuse_unknown
+from mixture_torch.config import MixtureRuntimeConfig, find_block, parse_yaml, refuse_unknown
 from mixture_torch.disk import write_atomically
 from mixture_torch.readers import LOG_FILE
 
@@ -120,7 +120,7 @@ def resolve(
     which overrides those before.
 
     Args:
-        files: YAML files with a block `runtime: mixture:` or `demo:` or both; other keys are left alone.
+        files: YAML files with a block `runtime: mixture:` or `demo:` or both; other keys are ignored.
         overrides: Options such as `runtime.mixture.K=12`.
         options: Options of the block `demo:`; None is an option that was not given.
 
@@ -163,9 +163,10 @@ def to_mapping(settings: DemoConfig, mixture: MixtureRuntimeConfig) -> dict[str,
 
 def _read(path: Path) -> Mapping[str, Any]:
     document = parse_yaml(path.read_bytes(), f"`{path}`")
-    if not (isinstance(document, Mapping) and document.keys() & BLOCKS):
+    if not (isinstance(document, Mapping) and document.keys() & {*BLOCKS, "mixture"}):
         raise ValueError(f"`{path}` has no block `runtime: mixture:` or `demo:`.")
-    return document
+    block, _ = find_block({key: document[key] for key in ("runtime", "mixture") if key in document})
+    return {"runtime": {"mixture": block}, "demo": document.get("demo")}
 
 
 def _parse_override(text: str) -> Mapping[str, Any]:

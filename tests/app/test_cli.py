@@ -25,8 +25,12 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_set_overrides_the_config_file_and_the_file_overrides_the_defaults() -> None:
-    Path("run.yaml").write_text("runtime:\n  amp: true\n  mixture: {K: 7, ema_decay: 0.5}\noptimizer: adam\n")
+@pytest.mark.parametrize(
+    "document",
+    ["runtime:\n  amp: true\n  mixture: {K: 7, ema_decay: 0.5}\noptimizer: adam\n", "mixture: {K: 7, ema_decay: 0.5}"],
+)
+def test_set_overrides_the_config_file_and_the_file_overrides_the_defaults(document: str) -> None:
+    Path("run.yaml").write_text(document)
     assert demo("--config", "run.yaml", "--set", "runtime.mixture.K=12", "--out", "run") == 0
     assert MixtureRuntimeConfig.from_yaml("run/config.yaml") == attrs.evolve(MIXTURE, K=12, ema_decay=0.5)
     assert set(read_log("run")["K"]) == {12}
@@ -68,6 +72,7 @@ BOMB = "a: &a [x]\n" + "".join(  # 9^8 elements
 FILES = {
     "torn.yaml": "runtime: {mixture: [",
     "list.yaml": "[1, 2]",
+    "near.yaml": "runtime: {mixure: {K: 3}}",
     "blocks.yaml": "demo: 3",
     "bomb.yaml": f"{BOMB}demo: *i",
     "seed.yaml": f"{BOMB}demo: {{seed: *i}}",
@@ -81,6 +86,7 @@ ERRORS = [
     (["--set", "demo.epoch=3"], "Unknown option in demo: `epoch` (did you mean `epochs`?)"),
     (["--set", "runtime.mixture={assigner: label_supervised}"], "`--set` must look like"),
     (["--set", "runtime.mixture.mode=label_supervised", "--set", "runtime.mixture.K=9"], "`K` must be at least 10"),
+    (["--config", "near.yaml"], "did you mean `mixture`?"),
     (["--config", "missing.yaml"], "Invalid value for '--config'"),
     (["--config", "folder"], "Invalid value for '--config'"),
     (["--config", "torn.yaml"], "torn.yaml"),
