@@ -91,10 +91,8 @@ class MixtureRuntimeConfig(MixtureConfig):
             ValueError: A key is unknown, or a value is out of range.
         """
         block, place = find_block(mapping)
-        known = attrs.fields_dict(cls)
-        refuse_unknown(block, known, place=place)
-        numeric = {name for name, field in known.items() if field.type in (int, float, int | None)}
-        return cls(**{key: _from_text(value) if key in numeric else value for key, value in block.items()})
+        refuse_unknown(block, attrs.fields_dict(cls), place=place)
+        return cls(**{key: _from_text(value) for key, value in block.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureRuntimeConfig":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from mixture_torch import read_log, read_scores
+from mixture_torch import MixtureStats, read_log, read_scores
 from mixture_torch.__main__ import main
 from mixture_torch.app.demo import MIXTURE, DemoConfig, prepare
 from tests.app.common import BRIEF, EPOCH, STEPS
@@ -125,6 +125,13 @@ def test_report_of_a_resumed_run_is_that_of_its_last_step(mixture: dict[str, Any
     for _ in job.steps:
         pass
     assert repr(prepare(*configs, log_dir=tmp_path, resume=True).report()) == repr(job.report())
+
+
+def test_log_is_flushed_before_each_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(MixtureStats, "flush", lambda self: seen.append((tmp_path / "checkpoint.pt").exists()))
+    assert demo(*BRIEF, "--out", str(tmp_path))[0] == 0
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def test_config_error_is_short_and_quick(tmp_path: Path, text: str) -> None:
     with pytest.raises((TypeError, ValueError)) as error:
         load(tmp_path, text.replace("{BOMB}", BOMB))
     assert len(str(error.value)) < 600
+    assert len(str(error.value).partition(", got ")[2]) <= 81  # 80 characters of the value, and a period
     assert "\n" not in str(error.value)
     assert time.perf_counter() - start < 5
 
