@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.bench_growth import slope
 from benchmarks.cases import Ours, Size
 from benchmarks.competitors import RowFile, ScikitLearn, Textbook
-from benchmarks.timing import paired_interval, threads
+from benchmarks.timing import paired_interval
 from mixture_torch import read_log
 from tests.tolerances import FLOAT32, relative_error
 
@@ -70,19 +70,6 @@ def test_palindromes_time_every_step_in_either_order() -> None:
     seconds = bench_training.in_palindromes(steps, pairs=3, seconds=0, warmups=1)
     assert "".join(order) == "AB" + "ABBAAB"
     assert [len(times) for times in seconds.values()] == [3, 3]
-
-
-def test_threads_are_put_back() -> None:
-    before = torch.get_num_threads()
-    with threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-
-
-def test_textbook_is_left_out_where_its_differences_are_too_large() -> None:
-    assert cases.fits(cases.TEXTBOOK, Size(4096, 2048, 8))
-    assert not cases.fits(cases.TEXTBOOK, Size(16384, 2048, 16))
-    assert cases.fits(cases.SCIKIT_LEARN, Size(16384, 2048, 16))
 
 
 def test_competitors_compute_of_a_first_batch_what_the_estimator_computes(tmp_path: Path) -> None:

@@ -108,13 +108,6 @@ def test_update_says_that_the_width_has_changed(options: dict[str, Any]) -> None
         wrapper.update(X[:, :3], LABELS)
 
 
-def test_width_may_still_change_after_a_refused_first_batch() -> None:
-    wrapper = estimator(**LABELLED)
-    with pytest.raises(ValueError, match="labels"):
-        wrapper.update(X[:, :3], LABELS + 5)
-    assert wrapper.update(X, LABELS)["mu"].shape == (3, 4)
-
-
 @pytest.mark.parametrize("wrong", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
 def test_assign_says_what_is_wrong_with_a_batch(wrong: Wrong) -> None:
     wrapper = estimator()
