@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f'Error: the command line needs {missing}: pip install "mixture-diagnostics[demo]"', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while it imports, which takes seconds
+        return 130
     return run(arguments)
 
 

@@ -23,7 +23,7 @@ from mixture_torch.readers import LOG_FILE
 
 DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # path of each block of options, by its first key
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
 # Markup would drop `[default: 80]` as an unknown style.
@@ -106,7 +106,7 @@ def demo(
                     _train(job, show_progress=is_main)
             except KeyboardInterrupt:
                 complain(
-                    f"interrupted; `mixture-diagnostics demo --resume --out {folder}` resumes after the last epoch."
+                    f"Interrupted; `mixture-diagnostics demo --resume --out {folder}` resumes after the last epoch."
                 )
                 raise typer.Exit(INTERRUPTED) from None
         if is_main and folder:
