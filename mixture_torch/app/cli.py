@@ -17,8 +17,8 @@ from mixture_torch.app.messages import complain, one_line_errors, one_line_warni
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.disk import write_atomically
-from mixture_torch.readers import LOG_FILE
+from mixture_torch.files.disk import write_atomically
+from mixture_torch.files.log import LOG_FILE
 
 DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # where options stand, by the first key

@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
 from mixture_torch.archive import HEADER, MARKER, Entry, archive, parse, record, tail
 from mixture_torch.scan import Scan
 from mixture_torch.scores import AppendScores
+from torch import Tensor
 
 Items = list[tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]]
 

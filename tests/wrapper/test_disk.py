@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from mixture_torch.disk import FolderLock, GrowingFile, Whole, move, write_atomically
+
 from tests.wrapper.conftest import Disk
 from tests.wrapper.recording import broken, process, said
 from tests.wrapper.samples import contents

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_torch.readers import read_scores
 
 from mixture_torch import backlog
-from mixture_torch.readers import read_scores
 from tests.wrapper.conftest import Disk
 from tests.wrapper.recording import HEADER, broken, log, places, process, recorder, row, run, said, stats
 from tests.wrapper.samples import contents

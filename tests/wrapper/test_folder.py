@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from mixture_torch.readers import read_log, read_scores
+
 from tests.wrapper.recording import HEADER, in_child, log, log_later, places, process, recorder, row, run, said, stats
 from tests.wrapper.samples import contents
 

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-
 from mixture_torch.readers import ScoreEntry, read_log, read_scores
 from mixture_torch.scores import AppendScores, PerStepScores
 from mixture_torch.writers import CsvWriter

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from mixture_torch.readers import read_log, read_scores
 from mixture_torch.recorder import Recorder
+
 from tests.wrapper.recording import (
     HEADER,
     broken,

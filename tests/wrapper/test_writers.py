@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
 from mixture_torch.disk import GrowingFile, write_atomically
 from mixture_torch.readers import read_log, read_scores
 from mixture_torch.scan import Scan
 from mixture_torch.scores import AppendScores, PerStepScores
 from mixture_torch.writers import CsvWriter
+from torch import Tensor
+
 from tests.wrapper.conftest import Disk
 
 HEADER = b"step,epoch,K,pi_min,pi_max,trace_B,opnorm_B\n"
