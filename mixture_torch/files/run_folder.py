@@ -4,7 +4,6 @@ A row is kept in memory until it is in the folder, and each call tries all that 
 the middle of another one, from a signal handler or a garbage collection, only says what it wants; that one does it.
 """
 
-import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,8 +47,8 @@ class _Waiting:
     resumes: bool
     kept_bytes: int = 0  # of a copy of R
     # Where the files ended before the row. If they have grown, it is there, though an interrupt came after the write.
-    log_end: float = math.inf
-    scores_end: float = math.inf
+    log_end: float = float("inf")
+    scores_end: float = float("inf")
     number: int = 0  # of the files for what it supersedes, once they are begun
     moved: int = 0  # entries of responsibilities in them
 
@@ -81,13 +80,12 @@ class RunFolder:
         """
         if user in self._users:
             return
-        is_shared = bool(self._users)
         if not self.is_busy:
-            self._open(scores_mode, is_shared)
-        self._users.add(user)
-        self._warned_of_order &= is_shared
-        if is_shared:
+            self._open(scores_mode)
+        if self._users:
             self.news.append(f"`{self._path}` is open in this process already; both estimators write to it.")
+        self._warned_of_order &= bool(self._users)
+        self._users.add(user)
 
     def write(self, row: Row, scores_mode: Mode | None, *, strict: bool) -> None:
         """Writes a row behind all that wait, unless it was given before; `strict` raises what the disk reports."""
@@ -98,20 +96,19 @@ class RunFolder:
         finally:
             self._keep_responsibilities()
 
-    def flush(self, *, strict: bool) -> None:
-        """Writes what waits and completes all files on the disk."""
+    def flush(self, *, strict: bool, quiet: bool = False) -> None:
+        """Writes what waits and completes all files on the disk; closes them if they have no user."""
         self._completes = True
-        self._work(strict=strict)
+        self._work(strict=strict, quiet=quiet)
 
     def leave(self, user: object, *, strict: bool, for_good: bool) -> None:
-        """Completes all files, and closes them behind the last user, who may not try again: `for_good`."""
+        """Flushes for a user who goes, and who may not try again: `for_good`."""
         self._users.discard(user)
-        self._completes = True
-        self._work(strict=strict, quiet=True)
+        self.flush(strict=strict, quiet=True)
         if not (for_good and self._users):  # otherwise the others will try again
             self._say_what_is_missing(for_good)
 
-    def _open(self, scores_mode: Mode | None, is_shared: bool) -> None:
+    def _open(self, scores_mode: Mode | None) -> None:
         """Opens the files, after a look at all of them."""
         try:
             self.is_busy = True
@@ -123,7 +120,7 @@ class RunFolder:
                 self._log.open()
                 self._is_open = True
         except BaseException:
-            if not is_shared:
+            if not self._users:
                 self._lock.release()
             raise
         finally:
