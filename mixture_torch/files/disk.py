@@ -36,13 +36,10 @@ class GrowingFile:
         self._place = (0, 0)  # device and inode of the open file
         self._size = 0  # bytes of the open file
         self._vanished = False
+        self._undone = -1  # where our own unfinished piece may stand, if the disk did not let us take it back
 
     def look(self) -> int:
-        """Returns how many bytes of the file are whole pieces; 0 if there is no file.
-
-        Raises:
-            ValueError: The file is not ours.
-        """
+        """Returns how many bytes of the file are whole pieces; 0 if there is none, ValueError if it is not ours."""
         raise NotImplementedError
 
     def open(self) -> None:
@@ -70,6 +67,7 @@ class GrowingFile:
         except BaseException:
             self.close()
             raise
+        self._undone = -1
         if self._vanished:
             self._vanished = False
             self._say(f"`{self.path}` was moved or deleted; a new one is begun.")
@@ -79,7 +77,7 @@ class GrowingFile:
         self.open()
         self._put(piece)
 
-    def finish(self, tail: bytes) -> None:
+    def finish(self, tail: bytes | memoryview) -> None:
         """Puts a tail behind the last piece and waits until the disk has the file."""
         self.open()
         self._put(tail, is_tail=True)
@@ -110,13 +108,14 @@ class GrowingFile:
             return False
         return (status.st_dev, status.st_ino) == self._place and status.st_size == self._size
 
-    def _put(self, data: bytes, *, is_tail: bool = False) -> None:
+    def _put(self, data: bytes | memoryview, *, is_tail: bool = False) -> None:
         assert self._fd is not None
         try:
             if self._size > self.end:
                 self._cut()
             self._size += _write(self._fd, data)
         except BaseException:
+            self._undone = self.end
             try:
                 os.ftruncate(self._fd, self.end)
             finally:
@@ -132,7 +131,11 @@ class GrowingFile:
 
 
 def write_atomically(
-    path: Path, data: bytes | memoryview | Iterable[bytes], *, durable: bool = False, temporary: str | None = None
+    path: Path,
+    data: bytes | memoryview | Iterable[bytes | memoryview],
+    *,
+    durable: bool = False,
+    temporary: str | None = None,
 ) -> None:
     """Replaces the content of a file, which at no instant is missing or incomplete.
 
@@ -172,9 +175,6 @@ def move(paths: Iterable[Path], folder: Path) -> None:
     """Moves files into a folder, one after another, and waits until the disk has them.
 
     On another file system a file is copied before it is deleted. Missing folders are made.
-
-    Raises:
-        OSError: A file could not be moved. It and those behind it are where they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:

@@ -22,8 +22,8 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems wit
 class FolderLock:
     """A lock that ends with its process, however that ends. A forked child does not have it.
 
-    The file names the process that has the lock; it is left behind, empty, by `release`. (The package `filelock` would
-    do, if all its versions that torch accepts kept that name while another process tries to take the lock.)
+    Its file names the process that has it; `release` leaves the file behind, empty. (The package `filelock` would do if
+    all versions that torch accepts kept that name while another process tries to take the lock.)
 
     Args:
         folder: The run folder. It is made if it is missing.
@@ -40,12 +40,7 @@ class FolderLock:
         return self._fd is not None
 
     def acquire(self) -> None:
-        """Takes the lock unless it is held; takes it again if the folder was moved or deleted.
-
-        Raises:
-            ValueError: Another process has the lock, or the file is not ours.
-            OSError: The file cannot be opened.
-        """
+        """Takes the lock unless it is held, and again if the folder was moved; ValueError if another process has it."""
         if self._fd is not None:
             if self._is_in_place(self._fd):
                 return
@@ -56,10 +51,11 @@ class FolderLock:
             self._take(fd)
             os.ftruncate(fd, 0)
             os.write(fd, HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
+            self._fd = fd
         except BaseException:
+            self._fd = None
             os.close(fd)
             raise
-        self._fd = fd
 
     def release(self) -> None:
         """Gives the lock up if it is held."""
@@ -67,6 +63,7 @@ class FolderLock:
             try:
                 os.ftruncate(self._fd, 0)
             finally:
+                _flock(self._fd, "LOCK_UN")  # before it is closed, as an interrupt may come in between
                 self._drop()
 
     def _take(self, fd: int) -> None:
@@ -76,17 +73,13 @@ class FolderLock:
                 f"`{self._path}` is not the lock of a run folder; move the file away or choose another `log_dir`."
             )
         try:
-            if fcntl is not None:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(fd, "LOCK_EX", "LOCK_NB")
         except BlockingIOError as error:
             os.lseek(fd, 0, os.SEEK_SET)
             holder = os.read(fd, 200).decode("utf-8", errors="replace") or "another process"
             raise ValueError(
                 f"`log_dir` is in use: {holder} writes to `{self._path.parent}`; end it or choose another `log_dir`."
             ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
         os.lseek(fd, 0, os.SEEK_SET)
 
     def _is_in_place(self, fd: int) -> bool:
@@ -102,6 +95,15 @@ class FolderLock:
 
 
 _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _flock(fd: int, *how: str) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, sum(getattr(fcntl, name) for name in how))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def _drop_in_child() -> None:

@@ -35,8 +35,8 @@ class Lines(NamedTuple):
     """The content of a log."""
 
     end: bytes  # how each line ends: b"\n", or b"\r\n" if the header does
-    rows: list[bytes]  # as they stand; the last one may lack its line end
-    torn: bytes  # the beginning of a row, behind the others
+    rows: list[bytes]  # with their line ends
+    torn: bytes  # a last row without a line end
     size: int  # bytes of header and rows; 0 without a whole header
 
     @property
@@ -60,7 +60,6 @@ class LogFile(GrowingFile):
         super().__init__(folder / LOG_FILE, header=HEADER + b"\n", say=say)
         self.last: Position | None = None  # of the last row of the open file
         self._line_end = b"\n"
-        self._unended = -1  # where the last row ends if it lacks its line end
 
     def check(self) -> None:
         """Raises a ValueError if the file is not ours, and changes nothing."""
@@ -71,15 +70,12 @@ class LogFile(GrowingFile):
         """Returns how many bytes are header and rows; sets a torn row aside."""
         lines = read_lines(self.path) if self.path.exists() else NOTHING
         self._line_end, self.last = lines.end, _position_of(lines.rows[-1]) if lines.rows else None
-        self._unended = lines.size if lines.rows and not lines.rows[-1].endswith(b"\n") else -1
         extra = self.path.stat().st_size - lines.size if self.path.exists() else 0
-        if self._unended >= 0:
-            self._say(f"`{self.path}` ended in a row without a line end; the row is kept.")
-        if lines.torn:
+        if lines.torn and lines.size != self._undone:
             paths = (self.path.with_name(SUPERSEDED_LOG.format(n)) for n in count(1))
             aside = next(path for path in paths if not path.exists())
             write_atomically(aside, lines.header + lines.torn + lines.end, durable=True)
-            self._say(f"`{self.path}` ended in a torn row; its {len(lines.torn)} bytes were moved to `{aside.name}`.")
+            self._say(f"`{self.path}` ended in a row that may be cut short, as it had no line end: see `{aside.name}`.")
         elif extra:
             self._say(f"`{self.path}` ended in {extra} bytes of an unfinished write; they were dropped.")
         return lines.size
@@ -88,8 +84,7 @@ class LogFile(GrowingFile):
         """Writes one row, which is in the file on return: step, epoch, K; pi_min, pi_max, trace_B and opnorm_B."""
         self.open()
         row = f"{step:d},{epoch:d},{K:d},{','.join(f'{figure:.9g}' for figure in figures)}".encode("ascii")
-        missing = self._line_end if self.end == self._unended else b""
-        self.append(missing + row + self._line_end)
+        self.append(row + self._line_end)
         self.last = epoch, step
 
     def steps_from(self, position: Position) -> set[int]:
@@ -124,7 +119,8 @@ class LogFile(GrowingFile):
 def read_log(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
     """Returns `mixture.csv` as one array per column, with one element per logged step.
 
-    A row that was torn by a crash is left out. Reading changes no file and may be done while the run still writes.
+    A last row without a line end, as a crash leaves it, is left out. Reading changes no file and may be done while the
+    run still writes.
 
     Args:
         log_dir: The run folder, as given to the estimator.
@@ -163,16 +159,12 @@ def read_log(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
 def read_lines(path: Path) -> Lines:
     """Returns the content of a log.
 
-    A last line without a line end is a row if it is seven numbers: editors remove the last line end. Otherwise it is
-    torn, and so it is if zeros follow, which a loss of power leaves.
-
-    Raises:
-        ValueError: The file has another header.
+    A last line without a line end is no row: even if it has seven numbers, the last one may be cut short. Zeros at the
+    end are what a loss of power leaves. Raises ValueError if the file has another header.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"`{path}` is not a file; move it away or choose another `log_dir`.")
-    found = path.read_bytes()
-    data = found.rstrip(b"\0")
+    data = path.read_bytes().rstrip(b"\0")
     end = b"\r\n" if data.startswith(HEADER + b"\r") else b"\n"
     begin = HEADER + end
     if begin.startswith(data) and data != begin:  # nothing, or a torn header
@@ -184,18 +176,7 @@ def read_lines(path: Path) -> Lines:
             "move the file away or choose another `log_dir`."
         )
     *rows, last = [line + b"\n" for line in data[len(begin) :].split(b"\n")]
-    last = last[:-1]
-    if last and data == found and _is_whole(last):
-        return Lines(end, [*rows, last], b"", len(data))
-    return Lines(end, rows, last, len(data) - len(last))
-
-
-def _is_whole(row: bytes) -> bool:
-    try:
-        step, epoch, K, *figures = row.split(b",")
-        return min(int(step), int(epoch), int(K)) >= 0 and len([float(figure) for figure in figures]) == 4
-    except ValueError:
-        return False
+    return Lines(end, rows, last[:-1], len(data) - len(last) + 1)
 
 
 def _position_of(row: bytes) -> Position | None:

@@ -152,11 +152,7 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
 
 
 def read_entries(path: Path, say: Callable[[str], None]) -> Iterator[ScoreEntry]:
-    """Yields the entries of a file of ours, or of a list that `torch.save` wrote.
-
-    Raises:
-        ValueError: The file is neither.
-    """
+    """Yields the entries of a file of ours, or of a list that `torch.save` wrote; ValueError if it is neither."""
     begin, end = beginning(path), 0
     for record, R in scan(path, say) if begin is not None else ():
         end = record.end

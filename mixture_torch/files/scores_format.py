@@ -105,7 +105,7 @@ def unpacked(index: bytes | bytearray) -> Iterator[Record]:
     return map(Record._make, INDEX.iter_unpack(index))
 
 
-def archive(entries: Iterable[ScoreEntry]) -> Iterator[bytes]:
+def archive(entries: Iterable[ScoreEntry]) -> Iterator[bytes | memoryview]:
     """Yields a whole file, in pieces."""
     index, end = bytearray(), len(HEADER)
     yield HEADER
@@ -157,15 +157,34 @@ class _Part(io.BytesIO):
         return self.offset + super().seek(place if whence else place - self.offset, whence)
 
 
-def tail(index: bytes | bytearray, end: int) -> bytes:
+class _Listing(list[zipfile.ZipInfo]):
+    """What the directory lists: the records of an index, each made when it is written; then what is appended."""
+
+    def __init__(self, index: bytes | bytearray) -> None:
+        self._index = index
+
+    def __iter__(self) -> Iterator[zipfile.ZipInfo]:
+        yield from LISTED
+        yield from (record.info for record in unpacked(self._index))
+        yield from super().__iter__()
+
+    def __len__(self) -> int:
+        return len(LISTED) + len(self._index) // INDEX.size + super().__len__()
+
+
+def tail(index: bytes | bytearray, end: int) -> memoryview:
     """Returns what makes these records a list, to stand at `end`."""
     part, step = _Part(), 1000 * INDEX.size
-    part.offset = end + len(MARKER)
-    with zipfile.ZipFile(part, "w") as directory:
-        directory.infolist()[:] = [*LISTED, *(record.info for record in unpacked(index))]
-        pickled = (_pickled(unpacked(index[first : first + step])) for first in range(0, len(index), step))
-        directory.writestr(_info("data.pkl", 0, 0, 0), b"\x80\2]%b." % b"".join(pickled))
-    return MARKER + part.getvalue()
+    part.offset = end
+    part.write(MARKER)
+    with zipfile.ZipFile(part, "w") as zipped:
+        zipped.filelist = _Listing(index)
+        with zipped.open(_info("data.pkl", 0, 0, 0), "w") as file:
+            file.write(b"\x80\2]")
+            for first in range(0, len(index), step):
+                file.write(_pickled(unpacked(index[first : first + step])))
+            file.write(b".")
+    return part.getbuffer()
 
 
 def scan(path: Path, say: Callable[[str], None], *, start: int = len(HEADER)) -> Iterator[tuple[Record, Tensor]]:

@@ -79,22 +79,22 @@ def test_log_with_other_line_ends_keeps_its_own(tmp_path: Path) -> None:
 # Torn rows
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("size", range(1, len(HEADER + ROW)))
-def test_torn_file_goes_on_behind_its_last_whole_row(tmp_path: Path, size: int) -> None:
-    left = (HEADER + ROW)[:size]
-    (tmp_path / "mixture.csv").write_bytes(left)
+def test_torn_file_goes_on_behind_its_last_whole_row_and_loses_no_byte(tmp_path: Path, size: int, end: bytes) -> None:
+    header, row = HEADER[:-1] + end, ROW[:-1]  # whole, if an editor removed its line end
+    left, path, aside = (header + row)[:size], tmp_path / "mixture.csv", tmp_path / "mixture.superseded-1.csv"
+    path.write_bytes(left)
+    assert read_log(tmp_path)["step"].tolist() == []
     messages = log(tmp_path, 0, 1)
-    torn = left[len(HEADER) :]
-    kept = ROW if torn == ROW[:-1] else b""
-    assert (tmp_path / "mixture.csv").read_bytes() == HEADER + kept + ROW + NEXT
-    aside = tmp_path / "mixture.superseded-1.csv"
-    assert aside.exists() == bool(torn and not kept)
-    if aside.exists():
-        assert aside.read_bytes() == HEADER + torn + b"\n"
+    torn, end = left[len(header) :], end if size >= len(header) else b"\n"
+    assert path.read_bytes() == (HEADER + ROW + NEXT).replace(b"\n", end)
+    assert (aside.read_bytes() if aside.exists() else b"") == (header + torn + end if torn else b"")
+    if torn:
         assert messages == [
-            f"`{tmp_path / 'mixture.csv'}` ended in a torn row; its {len(torn)} bytes were moved to `{aside.name}`."
+            f"`{path}` ended in a row that may be cut short, as it had no line end: see `{aside.name}`."
         ]
-    assert len(messages) == (size != len(HEADER))
+    assert len(messages) == (size != len(header))
 
 
 def test_torn_row_takes_a_number_that_no_file_has_and_is_moved_once(tmp_path: Path) -> None:
@@ -106,24 +106,12 @@ def test_torn_row_takes_a_number_that_no_file_has_and_is_moved_once(tmp_path: Pa
     assert not (tmp_path / "mixture.superseded-3.csv").exists()
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_last_row_without_its_line_end_is_a_row(tmp_path: Path, end: bytes) -> None:
-    before = (HEADER + ROW + NEXT).replace(b"\n", end)
-    (tmp_path / "mixture.csv").write_bytes(before.rstrip())
-    assert read_log(tmp_path)["step"].tolist() == [0, 1]
-    (message,) = log(tmp_path, 2, 3)
-    assert message.endswith("ended in a row without a line end; the row is kept.")
-    assert read_log(tmp_path)["step"].tolist() == [0, 1, 2, 3]
-    assert (tmp_path / "mixture.csv").read_bytes().startswith(before + b"2,")
-
-
-@pytest.mark.parametrize("synced", [b"", HEADER, HEADER + ROW, HEADER + ROW + NEXT[:-1]])
+@pytest.mark.parametrize("synced", [b"", HEADER, HEADER + ROW])
 def test_zeros_of_a_power_cut_are_no_rows(tmp_path: Path, synced: bytes) -> None:
     (tmp_path / "mixture.csv").write_bytes(synced + bytes(len(ROW)))
-    assert len(log(tmp_path, 2)) == 1
-    assert (tmp_path / "mixture.csv").read_bytes() == (
-        HEADER + ROW[: len(synced) - len(HEADER)] if synced else HEADER
-    ) + (b"2" + ROW[1:])
+    (message,) = log(tmp_path, 1)
+    assert message.endswith("bytes of an unfinished write; they were dropped.")
+    assert (tmp_path / "mixture.csv").read_bytes() == (synced or HEADER) + NEXT
 
 
 # Superseding
