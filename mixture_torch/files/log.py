@@ -74,7 +74,7 @@ class LogFile(GrowingFile):
         if lines.torn and lines.size != self._undone:
             paths = (self.path.with_name(SUPERSEDED_LOG.format(n)) for n in count(1))
             aside = next(path for path in paths if not path.exists())
-            write_atomically(aside, lines.header + lines.torn + lines.end, durable=True)
+            write_atomically(aside, lines.header + lines.torn, durable=True)
             self._say(f"`{self.path}` ended in a row that may be cut short, as it had no line end: see `{aside.name}`.")
         elif extra:
             self._say(f"`{self.path}` ended in {extra} bytes of an unfinished write; they were dropped.")

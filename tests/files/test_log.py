@@ -89,7 +89,7 @@ def test_torn_file_goes_on_behind_its_last_whole_row_and_loses_no_byte(tmp_path:
     messages = log(tmp_path, 0, 1)
     torn, end = left[len(header) :], end if size >= len(header) else b"\n"
     assert path.read_bytes() == (HEADER + ROW + NEXT).replace(b"\n", end)
-    assert (aside.read_bytes() if aside.exists() else b"") == (header + torn + end if torn else b"")
+    assert (aside.read_bytes() if aside.exists() else b"") == (header + torn if torn else b"")
     if torn:
         assert messages == [
             f"`{path}` ended in a row that may be cut short, as it had no line end: see `{aside.name}`."
@@ -102,7 +102,7 @@ def test_torn_row_takes_a_number_that_no_file_has_and_is_moved_once(tmp_path: Pa
     (tmp_path / "mixture.superseded-1.csv").write_bytes(b"earlier")
     LogFile(tmp_path, say=print).open()
     LogFile(tmp_path, say=print).open()
-    assert (tmp_path / "mixture.superseded-2.csv").read_bytes() == HEADER + b"1,0,8,0.1\n"
+    assert (tmp_path / "mixture.superseded-2.csv").read_bytes() == HEADER + b"1,0,8,0.1"
     assert not (tmp_path / "mixture.superseded-3.csv").exists()
 
 
