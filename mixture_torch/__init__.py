@@ -3,8 +3,9 @@
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import activate, active_estimator
 from mixture_torch.estimator import MixtureStats
+from mixture_torch.files.log import read_log
+from mixture_torch.files.scores import read_scores
 from mixture_torch.losses import NTXentLoss
-from mixture_torch.readers import read_log, read_scores
 
 __all__ = [
     "MixtureRuntimeConfig",

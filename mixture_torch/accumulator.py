@@ -22,7 +22,7 @@ from mixture_torch.distributed import digest, other_ranks
 from mixture_torch.graphs import Graphs
 from mixture_torch.memory import ExactStats, Memory, Rows
 from mixture_torch.precision import full_float32, may_wait
-from mixture_torch.reports import Report
+from mixture_torch.update.arrivals import Report
 
 LARGE = 1e9  # bytes; a state beyond that says how large it is
 

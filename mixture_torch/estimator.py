@@ -2,7 +2,9 @@
 
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
@@ -19,10 +21,10 @@ from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
 from mixture_torch.checkpoint import SEEDING_ROWS, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step
-from mixture_torch.distributed import text_of
+from mixture_torch.distributed import is_main_rank, text_of
+from mixture_torch.files.recorder import Recorder, Row
 from mixture_torch.precision import full_float32
-from mixture_torch.recorder import Recorder
-from mixture_torch.reports import Report
+from mixture_torch.update.arrivals import Arrivals, Logged, Report, as_count, check_loggable, responsibilities_of
 
 DEFAULTS = MixtureRuntimeConfig()
 CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one
@@ -101,7 +103,12 @@ class MixtureStats:
             compile=compile,
             dim=dim,
         )
-        self._recorder = Recorder(self._config, log_dir=log_dir, is_main=is_main, process_group=process_group)
+        self._recorder = _recorder(self._config, log_dir, is_main, process_group)
+        self._reports: Arrivals[Report] = Arrivals()
+        self._logged: Arrivals[Logged[Row]] = Arrivals()
+        weakref.finalize(self, _finish, self._logged, self._recorder)  # for whoever never calls `close`
+        self._resumes = False  # whether the next row goes on from a checkpoint
+        self._warned_of_no_stats = False
         self._accumulator = Accumulator(self._config, process_group)
         self._stats = NOTHING
         self._report: Report | None = None
@@ -236,12 +243,17 @@ class MixtureStats:
         stats = self._stats if stats is None else stats
         if not isinstance(stats, Mapping):
             raise TypeError(f"`stats` must be what `update` returned, got {type(stats).__name__}.")
-        if not stats and self._short:
-            return
+        step, epoch = as_count("step", step), as_count("epoch", epoch)
         if not stats:
-            raise ValueError("`log_step` must come after `update`, got no statistics to log.")
+            self._warn_of_no_stats()
+            return
+        check_loggable(stats, stores_scores=self._recorder.scores_mode is not None)
         report = self._report if stats is self._stats else None
-        self._recorder.record(stats, report, step=step, epoch=epoch)
+        if report is not None:
+            report.step = step
+        if self._recorder.open():  # a process that writes no row leaves the folder to those that do
+            self._expect_row(stats, report, step, epoch)
+        self._resumes = False
         self._settle(but=1)
 
     def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -294,7 +306,7 @@ class MixtureStats:
             D = self._accumulator.standing.D or self._config.dim
             self._accumulator.restart(from_state_dict(self._config.core, state_dict, D=D))
         self._stats, self._report = NOTHING, None
-        self._recorder.resumed()
+        self._resumes = True
 
     def flush(self) -> None:
         """Makes all files complete: `mixture_scores.pt` holds all that was logged.
@@ -348,19 +360,72 @@ class MixtureStats:
     def _show(self, updated: Updated) -> Mapping[str, Tensor]:
         self._stats, self._report = updated.stats, updated.report
         if updated.report is not None:
-            self._recorder.expect(updated.report)
+            self._reports.expect(updated.report)
         return self._stats
 
+    def _expect_row(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
+        if report is None:
+            with full_float32(stats["R"] if "R" in stats else stats["pi"]):
+                report = Report.of(stats)
+        R = responsibilities_of(stats) if self._recorder.scores_mode else None
+        self._logged.expect(Logged(report, R, partial(_row, step, epoch, report.K, self._resumes)))
+
     def _settle(self, *, but: int = 0) -> None:
-        """Writes what has been logged and says what there is to say, but for that many of the latest updates."""
-        for report in self._recorder.arrivals(but=but):
-            at = "an update that was not logged" if report.step is None else f"step {report.step}"
-            for doubt in report.doubts:
-                settle(doubt, at=at)
-            self._warn_of_ignored(report.n_ignored, report.N, stacklevel=CALLER, at=at)
+        """Writes what has been logged and says what there is to say, except for that many of the latest updates."""
+        try:
+            self._logged.settle(partial(_write, self._recorder), but=but)
+        finally:
+            self._reports.settle(self._check, but=but)
+
+    def _check(self, report: Report) -> None:
+        """Raises or warns about what is wrong with the batch of an update that has arrived."""
+        at = "an update that was not logged" if report.step is None else f"step {report.step}"
+        for doubt in report.doubts:
+            settle(doubt, at=at)
+        self._warn_of_ignored(report.n_ignored, report.N, stacklevel=CALLER + 2, at=at)
+
+    def _warn_of_no_stats(self) -> None:
+        if not (self._warned_of_no_stats or self._short):
+            self._warned_of_no_stats = True
+            warnings.warn(
+                "`log_step` has nothing to log, as there was no `update`; feed the estimator by `update`, or by "
+                "`activate` and a loss that knows it. This is said once.",
+                stacklevel=CALLER,
+            )
 
     def _warn_of_ignored(self, n_ignored: int, N: int, *, stacklevel: int, at: str = "") -> None:
         if n_ignored and not self._warned:
             self._warned = True
             said = f"{ignored(n_ignored, N)}{at and ' at '}{at}; said once, `n_ignored` counts them."
             warnings.warn(said, stacklevel=stacklevel + 1)
+
+
+def _recorder(
+    config: MixtureRuntimeConfig, log_dir: str | os.PathLike[str] | None, is_main: bool | None, group: Any
+) -> Recorder:
+    """The recorder of an estimator with these arguments."""
+    if is_main is not None and not isinstance(is_main, bool):
+        raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
+    if log_dir is None and config.enabled and config.store_scores and is_main is not False:
+        raise ValueError("`log_dir` must be given if `store_scores` is true, got None.")
+    scores_mode = config.scores_mode if config.store_scores else None
+    writes = partial(is_main_rank, group) if is_main is None else partial(bool, is_main)
+    return Recorder(log_dir, scores_mode=scores_mode, writes=writes, strict=config.strict)
+
+
+def _row(step: int, epoch: int, K: int, resumes: bool, figures: list[float], R: Tensor | None) -> Row:
+    pi_min, pi_max, trace_B, opnorm_B = figures
+    return Row(step, epoch, K, pi_min, pi_max, trace_B, opnorm_B, R, resumes)
+
+
+def _write(recorder: Recorder, logged: Logged[Row]) -> None:
+    recorder.write(logged.row)
+
+
+def _finish(logged: Arrivals[Logged[Row]], recorder: Recorder) -> None:
+    """Does what `close` does, for an estimator that is gone; in a forked child, nothing."""
+    if recorder.is_ours:
+        try:
+            logged.settle(partial(_write, recorder))
+        finally:
+            recorder.close(for_good=True)

@@ -14,7 +14,7 @@ from mixture_core import MixtureConfig, MixtureState, Moments, StepStats
 from mixture_core.grouped import Workspace
 from mixture_core.step import advance
 from mixture_torch.precision import full_float32
-from mixture_torch.reports import Report, numbers_of
+from mixture_torch.update.arrivals import Report, numbers_of
 
 MOST = 16  # graphs at a time: two for each size of batch
 

@@ -18,8 +18,8 @@ from mixture_torch.app.messages import complain, one_line_errors, one_line_warni
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
 from mixture_torch.config import MixtureRuntimeConfig, find_block, parse_yaml, refuse_unknown
-from mixture_torch.disk import write_atomically
-from mixture_torch.readers import LOG_FILE
+from mixture_torch.files.disk import write_atomically
+from mixture_torch.files.log import LOG_FILE
 
 DEFAULTS = DemoConfig()
 BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # path of each block of options, by its first key

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mixture_torch.context import activate
 from mixture_torch.estimator import MixtureStats
-from mixture_torch.writers import save_atomically
+from mixture_torch.files.shards import save
 
 
 class Batch(NamedTuple):
@@ -101,7 +101,7 @@ def train(
         if checkpoint is not None:
             parts = _parts(model, optimizer, schedule, estimator)
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_atomically(checkpoint, {**states, "epoch": epoch + 1, "step": step}, durable=True)
+            save(checkpoint, {**states, "epoch": epoch + 1, "step": step}, durable=True)
 
 
 def restore(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mixture_torch import MixtureStats, read_log, read_scores
-from mixture_torch.readers import ScoreEntry, read_appended, read_shard, read_whole_lines
+from mixture_torch.files.log import read_lines
+from mixture_torch.files.scores import read_entries
+from mixture_torch.files.shards import ScoreEntry, load_entry
 
 Place = tuple[int, int]  # (epoch, step)
 Item = tuple[Place, bytes]  # a row or an entry: where in the run it belongs, and all that is in it
@@ -150,7 +152,7 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
 
 
 def _rows(path: Path) -> list[Item]:
-    lines = read_whole_lines(path).splitlines(keepends=True)[1:]
+    lines = read_lines(path).rows
     places = [(int(epoch), int(step)) for step, epoch, _ in (line.split(b",", 2) for line in lines)]
     if path.name == "mixture.csv":
         log = read_log(path.parent)
@@ -159,7 +161,11 @@ def _rows(path: Path) -> list[Item]:
 
 
 def _set_aside(path: Path) -> list[Item]:
-    return _items([read_shard(shard) for shard in sorted(path.glob("*.pt"))] if path.is_dir() else read_appended(path))
+    return _items(
+        [load_entry(shard) for shard in sorted(path.glob("*.pt"))]
+        if path.is_dir()
+        else list(read_entries(path, warnings.warn))
+    )
 
 
 def _items(entries: list[ScoreEntry]) -> list[Item]:

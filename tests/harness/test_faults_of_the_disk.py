@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.files.recording import said
 from tests.harness.disks import Disk, Instant, refuses
 from tests.harness.folders import found, loaded
 from tests.harness.runs import SCENARIOS, Operation, Run, at_every_instant, scenarios
-from tests.wrapper.recording import said
 from tests.wrapper.samples import contents
 
 resource = pytest.importorskip("resource")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixture_torch.writers import save_atomically
+from mixture_torch.files.shards import save
 from tests.harness.disks import Disk, Instant
 from tests.harness.folders import EMPTY, Record, Step, found, loaded, recorded, writer
 from tests.harness.processes import Child, assert_all_reported_is_there, is_killed, needs_fork
@@ -40,7 +40,7 @@ def train(
     with Disk(killed_at, is_killed).under():
         estimator = writer(folder, **options)
         if not checkpoint.exists():
-            save_atomically(checkpoint, {"mixture": estimator.state_dict(), "step": 0})
+            save(checkpoint, {"mixture": estimator.state_dict(), "step": 0})
         last = torch.load(checkpoint)
         estimator.load_state_dict(last["mixture"])
         report(last["step"])
@@ -50,7 +50,7 @@ def train(
             report(step)
             if step % A_CHECKPOINT == A_CHECKPOINT - 1:
                 estimator.flush()
-                save_atomically(checkpoint, {"mixture": estimator.state_dict(), "step": step + 1})
+                save(checkpoint, {"mixture": estimator.state_dict(), "step": step + 1})
         estimator.close()
 
 

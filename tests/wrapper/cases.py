@@ -17,7 +17,7 @@ from mixture_core import shares as shares_of_core
 from mixture_torch import MixtureStats, accumulator
 from mixture_torch.accumulator import Accumulator, Updated
 from mixture_torch.distributed import Ranks
-from mixture_torch.reports import Report
+from mixture_torch.update.arrivals import Report
 from tests.wrapper.matrix import EXCHANGES
 from tests.wrapper.ranks import WORLD, Case, Here, attempt, kill_in_collective
 from tests.wrapper.samples import all_bits, estimator, mixture

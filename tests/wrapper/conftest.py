@@ -1,7 +1,6 @@
 """What the tests of the wrapper run under."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,25 +8,6 @@ import torch.distributed as dist
 
 from tests.wrapper import cases, matrix
 from tests.wrapper.ranks import Results, start
-
-Disk = Callable[[int], AbstractContextManager[None]]
-
-
-@pytest.fixture
-def disk_with_room_for() -> Disk:
-    """Lets no file grow beyond a number of bytes, as a full disk would."""
-    resource = pytest.importorskip("resource")
-
-    @contextmanager
-    def limited(size: int) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
 
 
 @pytest.fixture(autouse=True)

@@ -103,8 +103,9 @@ def log_steps(estimator: MixtureStats, steps: int = 3, *, epoch: int = 0) -> lis
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below a folder, except for the lock that a run leaves behind."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "mixture.lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def assert_says(error: BaseException, name: str, text: str) -> None:

@@ -1,0 +1,133 @@
+"""What an estimator gives to its files: one finished row per logged step. All estimators of a process take turns."""
+
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from mixture_torch.files.run_folder import Mode, Row, RunFolder
+
+__all__ = ["Recorder", "Row"]
+
+
+class Recorder:
+    """Writes the rows of one estimator to its run folder.
+
+    Args:
+        log_dir: The run folder. None writes nothing.
+        scores_mode: How responsibilities are stored; None if they are not.
+        writes: Returns whether this process writes. It is called once, at the first row.
+        strict: Whether to raise what the disk reports.
+
+    Raises:
+        TypeError: `log_dir` is no path.
+        ValueError: `log_dir` is empty.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str] | None,
+        *,
+        scores_mode: Mode | None,
+        writes: Callable[[], bool],
+        strict: bool,
+    ) -> None:
+        if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
+            raise TypeError(f"`log_dir` must be a path or None, got {log_dir!r}.")
+        if log_dir is not None and not os.fspath(log_dir):
+            raise ValueError("`log_dir` must be a folder or None, got an empty text; `.` is the working directory.")
+        # Absolute: the working directory may change before the first row.
+        self._log_dir = None if log_dir is None else Path(log_dir).absolute()
+        self.scores_mode = scores_mode
+        self._asks, self._writes = writes, None if log_dir is not None else False
+        self._strict = strict
+        self._folder: RunFolder | None = None
+        self._opened_by = 0  # a process
+        self._user = object()  # stands for this recorder in the folder, which must not keep it alive
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process has opened the folder, and is no forked child of the one that did."""
+        return self._opened_by == os.getpid()
+
+    def open(self) -> bool:
+        """Opens the run folder unless it is open, and returns whether this process writes there.
+
+        Raises:
+            ValueError: A file is not ours, or another process has the folder. Everything is left as it is.
+        """
+        if self._writes is None:
+            self._writes = self._asks()
+        if self._writes and self._log_dir is not None:
+            with _Shared.turn:
+                if self._folder is None or not self.is_ours:
+                    self._folder, self._opened_by = _run_folder(self._log_dir), os.getpid()
+                self._folder.join(self._user, self.scores_mode)
+        return self._writes
+
+    def write(self, row: Row) -> None:
+        """Writes a row. What the disk refuses is kept and tried again by later calls; a row given twice counts once.
+
+        Raises:
+            OSError: `strict`, and something could not be written. It is kept.
+        """
+        with _Shared.turn:
+            if self._folder is not None and self.is_ours:
+                self._folder.write(row, self.scores_mode, strict=self._strict)
+                _say(self._folder)
+
+    def flush(self) -> None:
+        """Makes all files complete."""
+        with _Shared.turn:
+            if self._folder is not None and self.is_ours:
+                self._folder.flush(strict=self._strict)
+                _say(self._folder)
+
+    def close(self, *, for_good: bool = False) -> None:
+        """Makes all files complete and closes them; a later row opens them again.
+
+        Args:
+            for_good: Whether the estimator is gone: then nothing is raised, and what cannot be written is lost.
+        """
+        with _Shared.turn:
+            if self._folder is not None and self.is_ours:
+                self._folder.leave(self._user, strict=self._strict and not for_good, for_good=for_good)
+                _say(self._folder)
+
+
+class _Shared:
+    """What the estimators of a process share."""
+
+    turn = threading.RLock()  # one for all folders: with two, threads that collect garbage could wait for each other
+    folders: ClassVar[weakref.WeakValueDictionary[str, RunFolder]] = weakref.WeakValueDictionary()
+
+    @classmethod
+    def begin_anew(cls) -> None:
+        """For a forked child, in which nobody gives back what another thread of its parent has."""
+        cls.turn, cls.folders = threading.RLock(), weakref.WeakValueDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Shared.begin_anew)
+
+
+def _run_folder(path: Path) -> RunFolder:
+    """The one `RunFolder` of this process for a place, by whatever path."""
+    place = os.path.realpath(path)
+    folder = _Shared.folders.get(place)
+    if folder is None:
+        folder = _Shared.folders[place] = RunFolder(path)
+    return folder
+
+
+def _say(folder: RunFolder) -> None:
+    """Warns at the line outside of this package that led here: a `log_step`, a `flush`, or a garbage collection."""
+    while folder.news and not folder.is_busy:
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mixture_torch."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(folder.news.pop(0), stacklevel=level)

@@ -1,0 +1,186 @@
+"""`mixture_scores.pt`: the responsibilities of all logged steps in one file; and how the scores of a run are read."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from mixture_torch.files.disk import GrowingFile, write_atomically
+from mixture_torch.files.scores_format import (
+    HEADER,
+    INDEX,
+    archive,
+    beginning,
+    pack,
+    read_record,
+    scan,
+    tail,
+    torn,
+    unpacked,
+)
+from mixture_torch.files.shards import SHARD_FOLDER, SHARD_PATTERN, ScoreEntry, load_entry, load_list
+
+SCORES_FILE = "mixture_scores.pt"
+SUPERSEDED_SCORES = "mixture_scores.superseded-{}.pt"
+
+
+class ScoresFile(GrowingFile):
+    """Appends entries to `mixture_scores.pt`, at a cost that does not depend on how many came before.
+
+    Args:
+        folder: The run folder.
+        say: Called with each warning.
+    """
+
+    has_tail = True
+
+    def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
+        super().__init__(folder / SCORES_FILE, header=HEADER, say=say)
+        self._index = bytearray()  # the records in the file, 44 bytes each
+        self._listed = 0  # bytes that the tail lists; 0 without one
+        self._is_used = False
+
+    def open(self) -> None:
+        """Opens the file unless it is open and as this object left it."""
+        super().open()
+        self._is_used = True
+        if self._indexed != self.end:  # an interrupt came right after a write
+            self.close()
+            super().open()
+
+    def append_entry(self, step: int, epoch: int, R: Tensor) -> None:
+        """Writes one entry, which `read_scores` finds from now on."""
+        self.open()
+        record, data = pack(self.end, step, epoch, R)
+        self._put(data)
+        self._index += INDEX.pack(*record)
+
+    def supersede(self, position: tuple[int, int], number: int) -> int:
+        """Moves the entries at or behind a position to `mixture_scores.superseded-<number>.pt`.
+
+        Returns how many there were. If something cannot be written, entries may be in both files.
+        """
+        if not self.path.exists():
+            return 0
+        self.open()
+        records = list(unpacked(self._index))
+        kept = [record for record in records if (record.epoch, record.step) < position]
+        if moved := len(records) - len(kept):
+            target = self.path.with_name(SUPERSEDED_SCORES.format(number))
+            write_atomically(target, archive(self._entries(lambda at: at >= position)), durable=True)
+            if kept == records[: len(kept)]:
+                del self._index[len(kept) * INDEX.size :]
+                self.cut(records[len(kept)].offset)
+            else:
+                write_atomically(self.path, archive(self._entries(lambda at: at < position)), durable=True)
+            self.flush()
+        return moved
+
+    def flush(self) -> None:
+        """Completes the file if it has been opened, so that `torch.load` reads it, and waits until the disk has it."""
+        if self._is_used and self.path.exists():
+            self.open()
+            if self._listed != self.end or self._size == self.end:
+                self.finish(tail(self._index, self.end))
+                self._listed = self.end
+
+    def look(self) -> int:
+        """Returns how many bytes are whole entries; makes the index anew from the last known entry on."""
+        self._listed = 0
+        if not self.path.exists():
+            self._index.clear()
+            return 0
+        if beginning(self.path) != HEADER:  # a list that somebody saved, damage, or what a crash left
+            self._index.clear()
+            write_atomically(self.path, archive(read_entries(self.path, self._say)), durable=True)
+        elif self._index and not _holds(self.path, self._index[-INDEX.size :]):
+            self._index.clear()
+        for record, _ in scan(self.path, self._say, start=self._indexed):
+            self._index += INDEX.pack(*record)
+        if size := torn(self.path, self._indexed):
+            self._say(f"`{self.path}` ended in {size} bytes of an unfinished write; they were dropped.")
+        return self._indexed
+
+    def _entries(self, takes: Callable[[tuple[int, int]], bool]) -> Iterator[ScoreEntry]:
+        for record, R in scan(self.path, lambda _: None):
+            if takes((record.epoch, record.step)):
+                yield {"step": record.step, "epoch": record.epoch, "responsibilities": R}
+
+    @property
+    def _indexed(self) -> int:
+        """Bytes up to the end of the last record in the index."""
+        return max((record.end for record in unpacked(self._index[-INDEX.size :])), default=len(HEADER))
+
+
+def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
+    """Returns all responsibilities in a run folder, whichever `scores_mode` wrote them.
+
+    Entries of `append` come first, in the order in which they were logged, whether or not they were flushed. Those of
+    `per_step` follow in the order of their steps. Damaged entries are left out with a warning. Reading changes no file
+    and may be done while the run still writes.
+
+    Args:
+        log_dir: The run folder, as given to the estimator.
+
+    Returns:
+        Entries `{"step": int, "epoch": int, "responsibilities": (N, K) float32 CPU tensor}`.
+
+    Raises:
+        FileNotFoundError: The folder has no scores of either mode.
+        ValueError: `mixture_scores.pt` is another program's.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mixture_torch import MixtureStats, read_scores
+        >>> folder = tempfile.mkdtemp()
+        >>> with MixtureStats(K=2, enabled=True, log_dir=folder, store_scores=True) as estimator:
+        ...     _ = estimator.update(torch.randn(64, 8))
+        ...     estimator.log_step(step=0, epoch=0)
+        >>> read_scores(folder)[0]["responsibilities"].shape
+        torch.Size([64, 2])
+    """
+    folder = Path(log_dir)
+    shards, path = list((folder / SHARD_FOLDER).glob(SHARD_PATTERN)), folder / SCORES_FILE
+    if not (shards or path.exists()):
+        raise FileNotFoundError(
+            f"`{log_dir}` has neither `{SCORES_FILE}` nor `{SHARD_FOLDER}/{SHARD_PATTERN}`; was `store_scores` on?"
+        )
+    appended = list(read_entries(path, _warn)) if path.exists() else []
+    return appended + sorted(_readable(shards), key=lambda entry: entry["step"])
+
+
+def read_entries(path: Path, say: Callable[[str], None]) -> Iterator[ScoreEntry]:
+    """Yields the entries of a file of ours, or of a list that `torch.save` wrote; ValueError if it is neither."""
+    begin, end = beginning(path), 0
+    for record, R in scan(path, say) if begin is not None else ():
+        end = record.end
+        yield {"step": record.step, "epoch": record.epoch, "responsibilities": R}
+    if begin is None or not (end or HEADER.startswith(begin.rstrip(b"\0"))):
+        yield from load_list(path)
+        return
+    if end and begin != HEADER:
+        say(f"`{path}` is damaged: skipped its beginning.")
+    if size := torn(path, end or len(HEADER) * (begin == HEADER)):
+        say(f"`{path}` ends in {size} bytes of an unfinished write; they were left out.")
+
+
+def _readable(shards: list[Path]) -> Iterator[ScoreEntry]:
+    for path in shards:
+        try:
+            yield load_entry(path)
+        except FileNotFoundError:  # set aside meanwhile
+            continue
+        except ValueError as error:
+            _warn(f"{error} It was left out.")
+
+
+def _holds(path: Path, packed: bytes | bytearray) -> bool:
+    (record,) = unpacked(packed)
+    with open(path, "rb") as file:
+        return (read_record(file, record.offset) or [None])[0] == record
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,245 @@
+"""What the host has to know of an update, on its way from the device: figures, responsibilities and doubts."""
+
+import operator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mixture_core import StepStats
+from mixture_core.moments import figures
+from mixture_torch.batches import Doubt
+from mixture_torch.memory import Rows
+
+T = TypeVar("T")
+
+
+class Arrival(Protocol):
+    """Something that is on its way from the device."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is nothing to wait for."""
+
+    def wait(self) -> None:
+        """Returns when it is here."""
+
+
+A = TypeVar("A", bound=Arrival)
+
+
+class Arrivals(Generic[A]):
+    """A queue of what is on its way from the device, first in, first out.
+
+    Another thread or a signal handler may use it at any time: one call works on it, and nothing is lost.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[A] = deque()
+        self._turn = threading.RLock()
+        self._is_busy = False
+
+    def expect(self, arrival: A) -> None:
+        """Appends one."""
+        self._queue.append(arrival)
+
+    def settle(self, act: Callable[[A], None], *, but: int = 0) -> None:
+        """Calls `act` with each arrival, in order, as soon as it is here.
+
+        Args:
+            act: Called with one arrival. If it raises an error, that arrival is done, and the others stay. If an
+                interrupt comes, it is called with that arrival again.
+            but: How many of the latest arrivals not to wait for.
+        """
+        with self._turn:
+            if self._is_busy:  # in the middle of another call, which goes on
+                return
+            try:
+                self._is_busy = True
+                while self._queue and (len(self._queue) > but or self._queue[0].is_here):
+                    self._queue[0].wait()
+                    try:
+                        act(self._queue[0])
+                    except Exception:
+                        self._queue.popleft()
+                        raise
+                    self._queue.popleft()
+            finally:
+                self._is_busy = False
+
+
+class Report:
+    """The figures of one update, and what may be wrong with its batch.
+
+    Args:
+        numbers: (6,) from `numbers_of`, on the host, or on the way there.
+        K: Number of components.
+        arrived: Recorded when all that is on the way has been sent; None if nothing is.
+    """
+
+    def __init__(self, numbers: Tensor, *, K: int, arrived: torch.cuda.Event | None = None) -> None:
+        self.K = K
+        self.step: int | None = None  # as which it was logged last
+        self.doubts: list[Doubt] = []
+        self._numbers, self._arrived = numbers, arrived
+        self._values: list[float] = []
+
+    @classmethod
+    def of(cls, stats: Mapping[str, Tensor]) -> "Report":
+        """Returns the report of an update, on its way.
+
+        Args:
+            stats: What the update returned.
+        """
+        numbers = numbers_of(stats)
+        K = len(stats.moments.weight if isinstance(stats, StepStats) else stats["pi"])
+        return cls(_to_host(numbers), K=K, arrived=_sent(numbers))
+
+    def doubt(self, doubts: Iterable[Doubt]) -> None:
+        """Adds what may be wrong with the batch."""
+        for value, refuse in doubts:
+            self.doubts.append(Doubt(_to_host(value), refuse))
+            self._arrived = _sent(value)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._arrived is None
+
+    def wait(self) -> None:
+        """Returns when everything is here."""
+        _wait(self._arrived)
+
+    @property
+    def figures(self) -> list[float]:
+        """pi_min, pi_max, trace_B and opnorm_B; nan if no row of the step was usable."""
+        return [float("nan")] * 4 if self.n_ignored == self.N else self._read()[:4]
+
+    @property
+    def n_ignored(self) -> int:
+        """How many rows of the step were ignored."""
+        return int(self._read()[4])
+
+    @property
+    def N(self) -> int:
+        """How many rows the step had."""
+        return int(self._read()[5])
+
+    def _read(self) -> list[float]:
+        if not self._values:
+            self._values = self._numbers.tolist()
+        return self._values
+
+
+class Logged(Generic[T]):
+    """A step that is to be logged when its figures and responsibilities are here.
+
+    Args:
+        report: Its figures.
+        R: (N, K) responsibilities to be stored, which are sent off; None if they are not to be.
+        make: Makes a row of the figures and of R on the host.
+    """
+
+    def __init__(self, report: Report, R: Tensor | None, make: Callable[[list[float], Tensor | None], T]) -> None:
+        self._report, self._make = report, make
+        self._R = None if R is None else _to_host(R)
+        self._arrived = None if R is None else _sent(R)
+        self._row: T | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._arrived is None and self._report.is_here
+
+    def wait(self) -> None:
+        """Returns when everything is here."""
+        self._report.wait()
+        _wait(self._arrived)
+
+    @property
+    def row(self) -> T:
+        """The row, always the same one. Everything must be here."""
+        if self._row is None:
+            self._row = self._make(self._report.figures, self._R)
+        return self._row
+
+
+def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
+    """Returns pi_min, pi_max, trace_B, opnorm_B, the number of ignored rows of the step and that of all, (6,)."""
+    if isinstance(stats, StepStats):
+        logged, n_ignored = figures(stats.moments), stats.n_ignored
+    else:  # made by hand, or gone through a dict
+        logged = _figures_of(stats)
+        n_ignored = (stats["R"].sum(dim=1) == 0).sum() if "R" in stats else logged.new_zeros((), dtype=torch.int64)
+    N, _, n_ignored_earlier = getattr(stats, "rows", None) or Rows(len(stats["R"]) if "R" in stats else 1)
+    # Never from the host's memory to a GPU's, for which somebody would have to wait.
+    n_rows = N if isinstance(N, Tensor) else n_ignored.new_full((), N)
+    return torch.cat([logged, torch.stack([n_ignored + n_ignored_earlier, n_rows]).to(logged.dtype)])
+
+
+def _figures_of(stats: Mapping[str, Tensor]) -> Tensor:
+    pi = stats["pi"]
+    trace_B = stats["trace_B"] if "trace_B" in stats else stats["B"].diagonal().sum()
+    opnorm_B = stats["opnorm_B"] if "opnorm_B" in stats else torch.linalg.eigvalsh(stats["B"]).amax()
+    return torch.stack([pi.min(), pi.max(), trace_B, opnorm_B])
+
+
+def check_loggable(stats: Mapping[str, Tensor], *, stores_scores: bool) -> None:
+    """Checks that a row can be made of a mapping: of `pi` and `B`, or of `pi` and what is derived from B.
+
+    Raises:
+        ValueError: Something is missing, or `R` is not a matrix although it is to be stored.
+    """
+    if isinstance(stats, StepStats):
+        return
+    needed = ["pi"] if "trace_B" in stats and "opnorm_B" in stats else ["pi", "B"]
+    if missing := [key for key in [*needed, *["R"] * stores_scores] if key not in stats]:
+        raise ValueError(f"`stats` must be what `update` returned, got a mapping without {' and '.join(missing)}.")
+    R = stats["R"] if stores_scores else None
+    if R is not None and not (isinstance(R, Tensor) and (R.ndim, R.layout, R.is_meta) == (2, torch.strided, False)):
+        got = f"a tensor of {tuple(R.shape)}" if isinstance(R, Tensor) else type(R).__name__
+        raise ValueError(f"`stats` must hold R as a dense tensor (N, K), got {got}.")
+
+
+def responsibilities_of(stats: Mapping[str, Tensor]) -> Tensor:
+    """Returns R of all rows of the step, (N, K), of whichever call they came with."""
+    rows = getattr(stats, "rows", None)
+    return torch.cat([*rows.earlier, stats["R"]]) if rows and rows.earlier else stats["R"]
+
+
+def as_count(name: str, value: int) -> int:
+    """Returns a step or an epoch as an integer.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is negative, or 2^63 or more.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if count < 0:
+        raise ValueError(f"`{name}` must be at least 0, got {count}.")
+    if count >= 2**63:  # `read_log` could not read it back
+        raise ValueError(f"`{name}` must be below 2^63, got {count}.")
+    return count
+
+
+def _wait(arrived: torch.cuda.Event | None) -> None:
+    if arrived is not None and not arrived.query():  # type: ignore[no-untyped-call]  # torch has not annotated it
+        arrived.synchronize()
+
+
+def _sent(tensor: Tensor) -> torch.cuda.Event | None:
+    """Tells when all copies to the host that have been started so far are there; None for a tensor that is there."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, which is there when the device has come so far: pinned memory, nobody waits."""
+    return tensor.to("cpu", non_blocking=True)

@@ -1,0 +1,523 @@
+"""A run folder: whose it is, the order of its rows, a disk that fails, and what a resumed run sets aside."""
+
+import errno
+import gc
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixture_torch import read_log, read_scores
+from mixture_torch.files import run_folder
+from tests.files.recording import HEADER, Writer, broken, in_child, line, places, process, run, said
+from tests.wrapper.samples import contents
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+MODES = [None, "append", "per_step"]
+modes = pytest.mark.parametrize("mode", MODES)
+NO_SPACE = "could not be written (No space left on device)"
+LOG_AND_WAIT = """
+one = Writer(Path(sys.argv[1]), "append")
+one.log(0)
+print("open", flush=True)
+sys.stdin.read()
+one.close()
+"""
+
+
+def entries(folder: Path) -> list[tuple[int, int, float]]:
+    """Epoch, step and value of all entries."""
+    return [plain(entry) for entry in read_scores(folder)]
+
+
+def plain(entry: Any) -> tuple[int, int, float]:
+    return entry["epoch"], entry["step"], float(entry["responsibilities"][0, 0]) - 1.0
+
+
+def assert_holds(folder: Path, *steps: int, mode: str | None) -> None:
+    """Checks that these rows and no others are there, in order, and so are their responsibilities."""
+    assert (folder / "mixture.csv").read_bytes() == HEADER + b"".join(map(line, steps))
+    if mode:
+        assert [entry["step"] for entry in read_scores(folder)] == list(steps)
+
+
+# Another process
+
+
+@pytest.mark.parametrize("end", ["closed", "killed"])
+def test_folder_of_another_process_is_refused_until_that_has_ended(tmp_path: Path, end: str) -> None:
+    with process(LOG_AND_WAIT, tmp_path) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=rf"^`log_dir` is in use: process {other.pid} on .* writes to"):
+            Writer(tmp_path).log(1)
+        assert contents(tmp_path) == before
+        other.kill() if end == "killed" else other.communicate(timeout=60)
+    one = Writer(tmp_path)
+    one.log(1)
+    one.close()
+    assert places(tmp_path) == [(0, 0), (0, 1)]
+
+
+@needs_fork
+def test_forked_child_leaves_the_folder_and_the_rows_of_its_parent(tmp_path: Path) -> None:
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+def fork(leave):
+    child = os.fork()
+    if child == 0:
+        leave()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+one = Writer(Path(sys.argv[1]), "append")
+one.log(0)
+before = {path.name: path.read_bytes() for path in Path(sys.argv[1]).iterdir()}
+for leave in (one.close, one.flush, lambda: None):
+    fork(leave)
+print(before == {path.name: path.read_bytes() for path in Path(sys.argv[1]).iterdir()})
+with broken("write"):
+    one.log(1)
+    fork(one.close)
+fork(one.flush)
+one.close()
+"""
+    assert run(script, tmp_path) == ("0\n0\n0\nTrue\n0\n0\n", "", 0)
+    assert_holds(tmp_path, 0, 1, mode="append")
+
+
+@needs_fork
+def test_forked_child_logs_only_if_its_parent_has_closed(tmp_path: Path) -> None:
+    def refused() -> None:
+        with pytest.raises(ValueError, match=rf"process {os.getppid()} on .* writes to"):
+            one.log(1)
+
+    def logs() -> None:
+        one.log(1)
+        one.close()
+
+    (one := Writer(tmp_path)).log(0)
+    assert in_child(refused) == 0
+    one.close()
+    assert in_child(logs) == 0
+    one.log(2)
+    one.close()
+    assert places(tmp_path) == [(0, 0), (0, 1), (0, 2)]
+
+
+# Files that are not ours
+
+
+@pytest.mark.parametrize("name", ["mixture.csv", "mixture_scores.pt"])
+def test_refused_folder_is_left_as_it_is_and_the_row_is_not_written_later(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"step,loss\n0,1.5\n")
+    one = Writer(tmp_path, "append")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"{name}` (begins with|is not)"):
+            one.log(0)
+    one.close()
+    assert contents(tmp_path) == {name: b"step,loss\n0,1.5\n"}
+    (tmp_path / name).unlink()
+    one.log(1)
+    one.close()
+    assert places(tmp_path) == [(0, 1)]
+
+
+def test_foreign_scores_mean_nothing_to_a_run_that_stores_none(tmp_path: Path) -> None:
+    (tmp_path / "mixture_scores.pt").write_bytes(b"foreign")
+    (one := Writer(tmp_path)).log(0)
+    with pytest.raises(ValueError, match=r"mixture_scores.pt` is not"):
+        Writer(tmp_path, "append").log(1)
+    with said() as messages:
+        one.log(2)
+        one.close()
+    assert messages == []
+    assert contents(tmp_path) == {"mixture_scores.pt": b"foreign", "mixture.csv": HEADER + line(0) + line(2)}
+
+
+# Several users in one process
+
+
+@pytest.mark.parametrize("path", ["run", "link"])
+def test_two_users_share_a_folder_by_whatever_path_until_the_last_one_leaves(tmp_path: Path, path: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    one, other = Writer(tmp_path / "run", "append"), Writer(tmp_path / path, "append")
+    lock = tmp_path / "run" / "mixture.lock"
+    with said() as messages:
+        for step in range(0, 6, 2):
+            one.log(step)
+            other.log(step + 1)
+        one.close()
+        assert lock.read_bytes()
+        other.log(6)
+        other.close()
+    assert not lock.read_bytes()
+    assert [message.split("` ")[1] for message in messages] == [
+        "is open in this process already; both estimators write to it."
+    ]
+    assert_holds(tmp_path / "run", *range(7), mode="append")
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    def work(_: int) -> None:
+        one = Writer(tmp_path, "append")
+        one.log(*range(30))
+        one.close()
+
+    with said(), ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sorted(read_log(tmp_path)["step"].tolist()) == sorted([*range(30)] * 4)
+    assert len(torch.load(tmp_path / "mixture_scores.pt")) == 120
+
+
+@modes
+@pytest.mark.parametrize("call", ["write", "ftruncate", "replace", "open"])
+@pytest.mark.parametrize("what", ["flush", "close", "log"])
+def test_call_in_the_middle_of_another_is_done_by_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, call: str, what: str
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if pending:
+            pending.clear()
+            one.log(9) if what == "log" else getattr(one, what)()
+        return original(*arguments, **options)
+
+    original, pending = getattr(os, call), [what]
+    one = Writer(tmp_path, mode)
+    one.log(0)
+    one.flush()
+    monkeypatch.setattr(os, call, interrupted)
+    with said():
+        one.log(1)
+        if mode == "append" and what != "log" and not pending:
+            assert len(torch.load(tmp_path / "mixture_scores.pt")) == 2
+        one.close()
+    later = [9] if what == "log" and not pending else []
+    assert sorted(step for _, step in places(tmp_path)) == [0, 1, *later]
+    assert len(read_scores(tmp_path) if mode else [0, 1, *later]) == 2 + len(later)
+
+
+# The order of rows
+
+
+def test_rows_that_go_back_are_kept_with_one_warning_each_time(tmp_path: Path) -> None:
+    (tmp_path / "mixture.csv").write_bytes(HEADER + line((3, 40)))
+    one = Writer(tmp_path)
+    for last in ("step 40 of epoch 3", "step 2 of epoch 0"):
+        with pytest.warns(UserWarning, match=f"got step 1 of epoch 0 after {last}; both are kept") as caught:
+            one.log(1, 0, 2, 1, 2)
+        assert [warning.filename for warning in caught] == [one.log.__code__.co_filename]
+        one.close()
+    assert len(places(tmp_path)) == 11
+
+
+def test_step_that_restarts_each_epoch_is_ordinary(tmp_path: Path) -> None:
+    with said() as messages:
+        (one := Writer(tmp_path)).log(*((epoch, step) for epoch in range(3) for step in range(3)))
+        one.close()
+    assert messages == []
+
+
+# A disk that fails
+
+
+@modes
+@pytest.mark.parametrize(
+    ("call", "code", "cause"),
+    [
+        ("write", errno.ENOSPC, "No space left on device"),
+        ("open", errno.EROFS, "Read-only file system"),
+        ("write", errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_fault_is_warned_about_once_and_made_good(
+    tmp_path: Path, call: str, code: int, cause: str, mode: str | None
+) -> None:
+    one = Writer(tmp_path / "run", mode)
+    with said() as messages:
+        for start in (0, 4):
+            with broken(call, code):
+                one.log(start, start + 1, start + 2)
+                one.flush()
+            one.log(start + 3)
+            one.close()
+    kept = "rows are kept in memory and tried again at every `log_step` and `flush`."
+    assert messages == [f"`{tmp_path / 'run'}` could not be written ({cause}): {kept}"] * 2
+    assert_holds(tmp_path / "run", *range(8), mode=mode)
+
+
+def test_entry_that_was_written_is_not_written_again_with_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows_fail(fd: int, data: bytes) -> int:
+        if bytes(data) in (line(1), line(2)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    write = os.write
+    (one := Writer(tmp_path, "append")).log(0)
+    with monkeypatch.context() as patch, said():
+        patch.setattr(os, "write", rows_fail)
+        one.log(1, 2)
+        one.flush()
+    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1]
+    one.close()
+    assert_holds(tmp_path, 0, 1, 2, mode="append")
+
+
+@modes
+@pytest.mark.parametrize("change", ["deleted", "moved", "a file"])
+def test_folder_that_is_gone_is_made_anew(tmp_path: Path, mode: str | None, change: str) -> None:
+    folder = tmp_path / "run"
+    (one := Writer(folder, mode)).log(0)
+    folder.rename(tmp_path / "moved")
+    if change == "deleted":
+        shutil.rmtree(tmp_path / "moved")
+    with said() as messages:
+        if change == "a file":
+            folder.write_text("a file")
+            one.log(1)
+            folder.unlink()
+        else:
+            one.log(1)
+        one.log(2)
+        one.close()
+    names = ["mixture.csv", "mixture_scores.pt"] if mode == "append" else ["mixture.csv"]
+    gone = [f"`{folder / name}` was moved or deleted; a new one is begun." for name in names]
+    assert [message for message in messages if "(File exists)" not in message] == gone
+    assert_holds(folder, 1, 2, mode=mode)
+
+
+@pytest.mark.parametrize("later", ["log", "flush", "close"])
+def test_close_says_what_is_missing_and_later_calls_write_it(tmp_path: Path, later: str) -> None:
+    one = Writer(tmp_path, "append")
+    with said() as messages, broken("write"):
+        one.log(0, 1)
+        one.close()
+    assert messages[1:] == [
+        f"`{tmp_path}` {NO_SPACE}: 2 rows and 2 entries of responsibilities are kept in memory, and tried again at "
+        "`log_step`, `flush` and `close`."
+    ]
+    with said() as messages:
+        one.log(2) if later == "log" else getattr(one, later)()
+    assert messages == []
+    assert_holds(tmp_path, *range(3 if later == "log" else 2), mode="append")
+    assert bool((tmp_path / "mixture.lock").read_bytes()) is (later == "log")
+    one.close()
+
+
+def test_files_that_close_could_not_complete_are_completed_later(tmp_path: Path) -> None:
+    (one := Writer(tmp_path, "append")).log(0)
+    with said() as messages, broken("fsync", errno.EIO):
+        one.flush()
+        one.log(1)
+        one.flush()
+        one.close()
+    assert [message.split(": ")[1][:4] for message in messages] == ["rows", "0 ro"]
+    assert not (tmp_path / "mixture.lock").read_bytes()
+    one.close()
+    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1]
+
+
+@modes
+def test_strict_raises_what_the_disk_says_and_keeps_the_rows(tmp_path: Path, mode: str | None) -> None:
+    one = Writer(tmp_path, mode, strict=True)
+    with said() as messages, broken("write"):
+        for use in (lambda: one.log(0), lambda: one.log(1), one.flush, one.close):
+            with pytest.raises(OSError, match="No space left on device"):
+                use()
+    one.log(2)
+    one.close()
+    assert messages == []
+    assert_holds(tmp_path, 0, 1, 2, mode=mode)
+
+
+def test_warnings_that_are_errors_lose_no_row(tmp_path: Path) -> None:
+    one = Writer(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one.log(5)
+        with pytest.raises(UserWarning, match="got step 0 of epoch 0 after step 5"):
+            one.log(0)
+        with broken("write"), pytest.raises(UserWarning, match="could not be written"):
+            one.log(6)
+        one.log(7)
+        one.close()
+    assert_holds(tmp_path, 5, 0, 6, 7, mode=None)
+
+
+def test_responsibilities_wait_up_to_a_bound_which_is_free_again_when_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "MOST_KEPT", 3 * 40 * 3 * 4)  # three entries
+    one = Writer(tmp_path, "append")
+    for start in (0, 10):
+        with said(), broken("write"):
+            one.log(*range(start, start + 5), N=40)
+        with said() as messages:
+            one.close()
+        assert messages == [f"`{tmp_path}` lacks 2 entries of responsibilities, for which memory had no room."]
+    assert [step for _, step in places(tmp_path)] == [*range(5), *range(10, 15)]
+    assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2, 10, 11, 12]
+
+
+def test_responsibilities_are_kept_as_they_were(tmp_path: Path) -> None:
+    one = Writer(tmp_path, "append")
+    R = torch.ones(2, 3)
+    one.open()
+    with said(), broken("write"):
+        one.write(run_folder.Row(0, 0, 3, 0.0, 0.0, 0.0, 0.0, R))
+    R.zero_()
+    one.close()
+    assert read_scores(tmp_path)[0]["responsibilities"].tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@modes
+def test_interrupts_at_any_instant_lose_nothing_and_double_nothing(tmp_path: Path, mode: str | None) -> None:
+    armed: list[bool] = []
+
+    def interrupt(*_: object) -> None:
+        if armed:
+            armed.clear()
+            raise KeyboardInterrupt
+
+    def goes_through(step: int) -> bool:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-5 + 1e-6 * (step * 7 % 400))
+            armed.append(True)
+            one.log(step)
+            armed.clear()
+        except KeyboardInterrupt:
+            return False
+        return True
+
+    one = Writer(tmp_path, mode)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with said():
+            logged = {step for step in range(400) if goes_through(step)}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    one.close()
+    found = [step for _, step in places(tmp_path)]
+    assert len(logged) < 390
+    assert logged <= set(found)
+    assert_holds(tmp_path, *sorted(set(found)), mode=mode)
+
+
+# Superseding
+
+
+@pytest.mark.parametrize("stored", MODES[1:])
+@modes
+def test_resumed_run_sets_scores_of_either_mode_aside(tmp_path: Path, stored: str, mode: str | None) -> None:
+    (one := Writer(tmp_path, stored)).log(0, 1, 2, value=1.0)
+    one.close()
+    names = ["mixture.superseded-1.csv", f"mixture_scores.superseded-1{'.pt' if stored == 'append' else ''}"]
+    with said() as messages:
+        (one := Writer(tmp_path, mode, resumes=True)).log(1, 2)
+        one.close()
+    assert messages == [
+        f"`{tmp_path}` goes on from step 1 of epoch 0: 2 rows and 2 entries of responsibilities from there on were "
+        f"moved to `{names[0]}` and `{names[1]}`."
+    ]
+    assert (tmp_path / "mixture.csv").read_bytes() == HEADER + line(0, 1) + line(1) + line(2)
+    assert (tmp_path / "mixture.superseded-1.csv").read_bytes() == HEADER + line(1, 1) + line(2, 1)
+    assert sorted(entries(tmp_path)) == [(0, 0, 1), *([(0, 1, 0), (0, 2, 0)] if mode else [])]
+    aside = tmp_path / names[1]
+    moved = torch.load(aside) if aside.is_file() else [torch.load(path) for path in sorted(aside.iterdir())]
+    assert [plain(entry) for entry in moved] == [(0, 1, 1), (0, 2, 1)]
+
+
+@pytest.mark.parametrize("folder", ["new", "with earlier rows"])
+def test_resumed_run_that_records_nothing_again_is_silent(tmp_path: Path, folder: str) -> None:
+    if folder != "new":
+        (one := Writer(tmp_path)).log(0, 1)
+        one.close()
+    with said() as messages:
+        (one := Writer(tmp_path, "append", resumes=True)).log(2)
+        one.close()
+    assert set(contents(tmp_path)) == {"mixture.csv", "mixture_scores.pt"}
+    assert messages == []
+
+
+def test_run_resumed_over_and_over_keeps_every_record(tmp_path: Path) -> None:
+    (tmp_path / "mixture_scores.superseded-2").mkdir()  # a number that is taken
+    for value in range(4):
+        with said():
+            (one := Writer(tmp_path, "append", resumes=True)).log(0, 1, value=float(value))
+            one.close()
+    for value, number in enumerate((1, 3, 4)):
+        rows = (tmp_path / f"mixture.superseded-{number}.csv").read_bytes()
+        assert rows == HEADER + line(0, value) + line(1, value)
+        listed = torch.load(tmp_path / f"mixture_scores.superseded-{number}.pt")
+        assert [plain(entry) for entry in listed] == [(0, 0, value), (0, 1, value)]
+
+
+def test_resumed_run_goes_on_in_linked_files(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name in ("mixture.csv", "mixture_scores.pt"):
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+    with said():
+        (one := Writer(tmp_path, "append")).log(0, 1, 5, 2, value=1.0)
+        one.resumes = True  # in the middle, so that the files are written anew
+        one.log(3, 4, 5)
+        one.close()
+    assert places(tmp_path) == [(0, step) for step in range(6)]
+    assert [entry["step"] for entry in torch.load(tmp_path / "real" / "mixture_scores.pt")] == list(range(6))
+    assert (tmp_path / "mixture.csv").is_symlink()
+
+
+def test_foreign_scores_are_left_by_a_resumed_run_with_a_warning(tmp_path: Path) -> None:
+    (one := Writer(tmp_path)).log(0, value=1.0)
+    one.close()
+    (tmp_path / "mixture_scores.pt").write_bytes(b"foreign")
+    with said() as messages:
+        (one := Writer(tmp_path, resumes=True)).log(0)
+        one.close()
+    assert (tmp_path / "mixture_scores.pt").read_bytes() == b"foreign"
+    assert_holds(tmp_path, 0, mode=None)
+    assert [message.endswith("It was left as it is.") for message in messages] == [True, False]
+
+
+def test_row_given_twice_counts_once(tmp_path: Path) -> None:
+    one = Writer(tmp_path, "append")
+    row = run_folder.Row(0, 0, 3, 0.25, 0.5, 0.0, 0.0, torch.ones(4, 3))
+    one.open()
+    with said(), broken("write"):
+        one.write(row)
+        one.write(row)
+    one.write(row)
+    one.write(row)
+    one.close()
+    assert_holds(tmp_path, 0, mode="append")
+
+
+def test_collection_in_the_middle_of_a_write_takes_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(fd: int, data: bytes) -> int:
+        while leaving:
+            leaving.pop()()
+            gc.collect()
+        return original(fd, data)
+
+    (one := Writer(tmp_path, "append")).log(0)
+    with said():
+        (other := Writer(tmp_path, "append")).log(1)
+    original = os.write
+    leaving: list[Callable[[], None]] = [lambda: other.close(for_good=True)]
+    monkeypatch.setattr(os, "write", write)
+    one.log(2)
+    one.close()
+    assert_holds(tmp_path, 0, 1, 2, mode="append")
+    assert not (tmp_path / "mixture.lock").read_bytes()
