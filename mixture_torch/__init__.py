@@ -5,11 +5,13 @@ from mixture_torch.context import activate, active_estimator
 from mixture_torch.estimator import MixtureStats
 from mixture_torch.losses import NTXentLoss
 from mixture_torch.readers import read_log, read_scores
+from mixture_torch.update.stats import StepStats
 
 __all__ = [
     "MixtureRuntimeConfig",
     "MixtureStats",
     "NTXentLoss",
+    "StepStats",
     "activate",
     "active_estimator",
     "read_log",

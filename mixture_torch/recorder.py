@@ -13,12 +13,12 @@ from torch import Tensor
 from mixture_core import StepStats
 from mixture_torch.backlog import Row
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.distributed import is_main_rank
 from mixture_torch.folder import RunFolder, run_folder
-from mixture_torch.precision import full_float32
 from mixture_torch.readers import is_matrix
 from mixture_torch.reports import Report, responsibilities_of
 from mixture_torch.superseding import Superseding
+from mixture_torch.update.precision import full_float32
+from mixture_torch.update.ranks import is_main_rank
 
 RECORDED = ("pi", "trace_B", "opnorm_B", "R")
 

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from mixture_torch import MixtureRuntimeConfig, NTXentLoss
-from mixture_torch.memory import ExactStats
+from mixture_torch.update.stats import StepStats
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_readme_options_are_those_of_the_configuration() -> None:
 
 
 def test_readme_keys_are_those_of_the_statistics() -> None:
-    assert set(table_after("What it returns")) == set(ExactStats.KEYS)
+    assert set(table_after("What it returns")) == set(StepStats.KEYS)
 
 
 def test_readme_test_command_is_what_ci_runs() -> None:

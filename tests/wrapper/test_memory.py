@@ -77,7 +77,7 @@ def test_memory_for_rows_follows_the_batches() -> None:
     one = estimator()
     for rows in (60, 6000, 60, 90, 12):
         one.update(mixture(rows, D=D)[0])
-        held = one._accumulator._memory._rows
+        held = one._mixture._memory._rows
         assert held is not None
         assert rows <= held.shape[1] <= 4 * (rows + 3)
 
@@ -105,8 +105,8 @@ def test_two_memories_take_turns() -> None:
     one, addresses = MixtureStats(K=3, enabled=True), set()
     for x in batches(12):
         stats = one.update(x)  # held until the next one is there
-        assert one._accumulator.standing.state is not None
-        addresses.add(one._accumulator.standing.state.moments.covariance.data_ptr())
+        assert one._mixture.progress.state is not None
+        addresses.add(one._mixture.progress.state.moments.covariance.data_ptr())
         assert stats["Sigma"].data_ptr() not in addresses
     assert len(addresses) == 2
 

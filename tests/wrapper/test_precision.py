@@ -203,8 +203,8 @@ def test_products_inside_an_update_are_set_to_full_float32(monkeypatch: pytest.M
         seen.append((torch.is_autocast_enabled("cpu"), *(matmul.fp32_precision for matmul in MATMULS)))
         return advance(*arguments, **options)
 
-    advance = mixture_torch.accumulator.advance
-    monkeypatch.setattr(mixture_torch.accumulator, "advance", spy)
+    advance = mixture_torch.update.mixture.advance
+    monkeypatch.setattr(mixture_torch.update.mixture, "advance", spy)
     torch.set_float32_matmul_precision("medium")
     with torch.autocast("cpu", torch.bfloat16):
         estimator().update(mixture()[0])

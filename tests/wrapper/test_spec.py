@@ -35,7 +35,7 @@ runtime:
   mixture:
     enabled: false          # Feature flag, default disabled.
     K: 8                    # Number of mixture components.
-    mode: ema               # Accumulator mode: per_batch | ema | label_supervised.
+    mode: ema               # Mixture mode: per_batch | ema | label_supervised.
     assigner: kmeans_online # Assignment strategy: kmeans_online | label_supervised.
     ema_decay: 0.95         # EMA decay factor when mode == "ema".
     store_scores: false     # Persist responsibilities alongside CSV output.
