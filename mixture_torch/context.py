@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType  # torch has no public way to declare a side effect
 
 from mixture_core.config import as_integer
 
@@ -108,7 +109,7 @@ torch.library.define(
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 torch.library.register_fake(OPERATOR, lambda *_: None)
-torch.library._register_effectful_op(f"{OPERATOR}", torch.library.EffectType.ORDERED)
+torch.library._register_effectful_op(OPERATOR, EffectType.ORDERED)  # else compilers would remove it
 
 
 @torch.library.impl(OPERATOR, "default")

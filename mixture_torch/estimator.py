@@ -10,35 +10,32 @@ import attrs
 import torch
 from torch import Tensor
 
-import mixture_core
-from mixture_core import MixtureState
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step, register, update_compiled
 from mixture_torch.recorder import Recorder
 from mixture_torch.reports import Report
-from mixture_torch.update.batch import as_plain_embeddings, ignored, is_out_of_memory, settle
-from mixture_torch.update.checkpoint import completed, from_state_dict, to_device, to_state_dict
-from mixture_torch.update.mixture import Mixture, Updated
+from mixture_torch.update.batch import ignored, settle
+from mixture_torch.update.checkpoint import from_state_dict
+from mixture_torch.update.mixture import Updated
 from mixture_torch.update.precision import full_float32
-from mixture_torch.update.ranks import is_main_rank, text_of
 from mixture_torch.update.stats import NOTHING, StepStats
+from mixture_torch.views import DEFAULTS, DISABLED, View
 
-DEFAULTS = MixtureRuntimeConfig()
 CALLER = 3  # frames up from a method that is called by a public one
 
 
-class MixtureStats:
+class MixtureStats(View):
     """Keeps a Gaussian mixture of the embeddings that it is given, and writes one row about it per step.
 
-    It computes in float32, without gradients, outside autocast, and from its own random numbers: a training run with it
-    is identical, bit for bit, to the run without it. Means are seeded by greedy k-means++ once 4 K usable rows have come;
+    It computes in float32, without gradients, outside autocast, and from its own random numbers, so that training is
+    bit for bit the same with it and without it. Means are seeded by greedy k-means++ once 4 K usable rows have come;
     until then each batch starts anew from all rows so far.
 
     Args:
         K: Number of components.
-        assigner: `kmeans_online`: each row belongs to the nearest mean; `label_supervised`: to the component of its label.
-        mode: `ema`: statistics over an exponential window; `per_batch`: of each batch alone; `label_supervised`: of each
-            batch alone, by labels.
+        assigner: `kmeans_online`: each row belongs to its nearest mean; `label_supervised`: to its label.
+        mode: `ema`: statistics over an exponential window; `per_batch`: of each batch alone; `label_supervised`: of
+            each batch alone, by labels.
         ema_decay: Factor by which earlier weights are multiplied each step, in (0, 1).
         enabled: False makes all methods do nothing. If it is left out it is false, and the first `update` says so.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
@@ -52,8 +49,7 @@ class MixtureStats:
         strict: Raise if rows would be ignored, if the disk fails, and if memory runs out.
         relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
         compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
-        dim: D, if it is known beforehand: `state_dict` then has its final shapes before the first update, as libraries
-            that load in place need them.
+        dim: D, if it is known beforehand, so that `state_dict` has its final shapes before the first update.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
 
     Raises:
@@ -93,18 +89,16 @@ class MixtureStats:
         process_group: Any = None,
     ) -> None:
         self._says_disabled = enabled is ...
-        self._config = MixtureRuntimeConfig(
+        config = MixtureRuntimeConfig(
             K=K, assigner=assigner, mode=mode, ema_decay=ema_decay, enabled=False if enabled is ... else enabled,
-            cross_rank=cross_rank, store_scores=store_scores, scores_mode=scores_mode, max_assign_iters=max_assign_iters,
-            seed=seed, strict=strict, relocate=relocate, compile=compile, dim=dim,
+            cross_rank=cross_rank, store_scores=store_scores, scores_mode=scores_mode, seed=seed, strict=strict,
+            max_assign_iters=max_assign_iters, relocate=relocate, compile=compile, dim=dim,
         )  # fmt: skip
-        self._recorder = Recorder(self._config, log_dir=log_dir, is_main=is_main, process_group=process_group)
-        self._mixture = Mixture(self._config, process_group)
-        self._is_main, self._group, self._key = is_main, process_group, register(self)
-        self._stats = NOTHING
+        super().__init__(config, is_main=is_main, process_group=process_group)
+        self._recorder = Recorder(config, log_dir=log_dir, is_main=is_main, process_group=process_group)
+        self._key = register(self)  # by which compiled code finds it
         self._report: Report | None = None
         self._warned = False  # of ignored rows
-        self._short = False  # of memory, and the user has been told
 
     @classmethod
     def from_config(
@@ -115,78 +109,23 @@ class MixtureStats:
         is_main: bool | None = None,
         process_group: Any = None,
     ) -> "MixtureStats":
-        """Returns the estimator of a configuration; the other arguments are those of `MixtureStats`.
-
-        Raises:
-            TypeError: `config` is not a MixtureRuntimeConfig, or another argument is of the wrong type.
-            ValueError: `store_scores` lacks a `log_dir`.
-        """
+        """Returns the estimator of a configuration; the other arguments and errors are those of `MixtureStats`."""
         if not isinstance(config, MixtureRuntimeConfig):
             raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
         return cls(log_dir=log_dir, is_main=is_main, process_group=process_group, **attrs.asdict(config))
 
-    @property
-    def config(self) -> MixtureRuntimeConfig:
-        """All options but `log_dir`, `is_main` and `process_group`."""
-        return self._config
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the estimator does anything."""
-        return self._config.enabled
-
-    @property
-    def K(self) -> int:
-        """Number of components."""
-        return self._config.K
-
-    @property
-    def mode(self) -> Literal["per_batch", "ema", "label_supervised"]:
-        """The `mode` option."""
-        return self._config.mode
-
-    @property
-    def assigner(self) -> Literal["kmeans_online", "label_supervised"]:
-        """The `assigner` option."""
-        return self._config.assigner
-
-    @property
-    def ema_decay(self) -> float:
-        """Factor by which earlier weights are multiplied each step."""
-        return self._config.ema_decay
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files: as given, or whether it is rank 0 now."""
-        return is_main_rank(self._group) if self._is_main is None else self._is_main
-
-    @property
-    def state(self) -> MixtureState | None:
-        """The state that the next update starts from, copied; None before the first."""
-        own = self._mixture.progress.state
-        if own is None:
-            return None
-        with full_float32(own.moments.weight):
-            return completed(own)
-
-    @property
-    def stats(self) -> StepStats:
-        """The statistics that the last update returned; empty before the first."""
-        return self._stats
-
     def update(self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None) -> StepStats:
         """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
 
-        It returns empty statistics if the estimator is disabled, and in code that torch.compile traces, where the update
-        runs as one operator: read `stats` afterwards. In a backward pass, in which activation checkpointing runs the
-        forward pass again, nothing is updated. If memory runs out, the batch is skipped with a warning; with
-        `cross_rank`, only as long as the other ranks can be told.
+        The statistics are empty if the estimator is disabled, and in code that torch.compile traces: read `stats` after
+        it. Nothing is updated in a backward pass, in which activation checkpointing runs the forward pass again. If
+        memory runs out, the batch is skipped with a warning; with `cross_rank`, only if other ranks can be told.
 
         Args:
             embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
                 with NaN or Inf are ignored and counted.
-            labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come from
-                labels.
+            labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come
+                from labels.
             step: The training step, a number or a text. Calls with the same one, as in gradient accumulation or with
                 several losses, bring parts of one batch: nothing decays in between. None is the step of the `activate`
                 around the call, or else a step of its own.
@@ -194,8 +133,8 @@ class MixtureStats:
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
             ValueError: A shape or a label is wrong, or `strict` and a row is ignored; the estimator is unchanged.
-            Exception: With `cross_rank`, any of these, here or on another rank; RuntimeError if ranks are out of step or
-                memory runs out in the middle of an exchange.
+            Exception: With `cross_rank`, any of these, here or on another rank; RuntimeError if ranks are out of step
+                or memory runs out in the middle of an exchange.
         """
         if not self.enabled and not self._says_disabled:
             return NOTHING
@@ -204,11 +143,7 @@ class MixtureStats:
             return NOTHING
         if not self.enabled:
             self._says_disabled = False
-            warnings.warn(
-                "This MixtureStats is disabled, since `enabled` was left out: `update` and `log_step` do nothing. Give "
-                "enabled=True to enable it, or enabled=False to silence this warning.",
-                stacklevel=2,
-            )
+            warnings.warn(DISABLED, stacklevel=2)
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
             return self._stats
@@ -221,22 +156,11 @@ class MixtureStats:
             step = active_step(self) if step is None else as_step(step)
         except Exception as error:
             problem, step = error, None
-        try:
-            updated = self._mixture.update(embeddings, labels, token=step, problem=problem)
-        except (MemoryError, RuntimeError) as error:
-            if self._config.strict or not is_out_of_memory(error):
-                raise
-            if not self._short:
-                self._short = True
-                self._mixture.notes.append(f"`update` ran out of memory and skips such batches: {text_of(error)}")
-            N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # it is another rank that has no memory
-            skipped = self._mixture.skip(N, token=step)
-            if skipped is not None:
-                self._show(skipped)
-        else:
+        updated = self._mixture.update(embeddings, labels, token=step, problem=problem)
+        if updated is not None:
             self._show(updated)
-            if updated.report is None and (n_ignored := int(updated.stats.n_ignored)):
-                self._warn_of_ignored(n_ignored, int(updated.n_rows), stacklevel=2)
+            if updated.report is None and updated.n_ignored:
+                self._warn_of_ignored(updated.n_ignored, int(updated.n_rows), stacklevel=2)
         while self._mixture.notes:  # last, as a warning may be turned into an error
             warnings.warn(self._mixture.notes.pop(0), stacklevel=2)
         return self._stats
@@ -262,7 +186,7 @@ class MixtureStats:
         stats = self._stats if stats is None else stats
         if not isinstance(stats, Mapping):
             raise TypeError(f"`stats` must be what `update` returned, got {type(stats).__name__}.")
-        if not stats and self._short:
+        if not stats and self._mixture.is_short:
             return
         if not stats:
             raise ValueError("`log_step` must come after `update`, got no statistics to log.")
@@ -270,43 +194,8 @@ class MixtureStats:
         self._recorder.record(stats, report, step=step, epoch=epoch)
         self._settle(but=1)
 
-    def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Returns R, (N, K) float32, by the nearest mean or the label of each row; it updates nothing.
-
-        Args:
-            embeddings: (N, D), tensor or NumPy array.
-            labels: (N,) integers; not used unless responsibilities come from labels.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            ValueError: A shape is wrong, there has been no update, or the estimator is disabled.
-        """
-        state = self._mixture.progress.state
-        if state is None and not self.enabled:
-            raise ValueError("`enabled` must be true for `assign`, got false: without it there is no mixture.")
-        if state is None:
-            raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
-        with full_float32(embeddings):
-            x = as_plain_embeddings(embeddings)
-            return mixture_core.assign(to_device(state, x.device), x, labels)
-
-    def state_dict(self, *, dim: int | None = None) -> dict[str, Tensor | int | str]:
-        """Returns all that a later run needs to go on, as plain tensors, ints and strings, always with the same keys.
-
-        `torch.load` reads it with its safe defaults. `torch.distributed.checkpoint` loads in place and needs the final
-        shapes: give `dim` if it loads into an estimator that has had no update.
-
-        Args:
-            dim: D, for the shapes before the first update; None is the estimator's `dim`, or 0 without one.
-        """
-        with full_float32(None):
-            return to_state_dict(self._config.core, self._mixture.progress, dim=dim or self._config.dim)
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a state_dict.
-
-        The next `log_step` moves all rows that were recorded at or after its (epoch, step) to other files, so that the
-        log of an interrupted run equals that of an uninterrupted one.
+        """Goes on from a state_dict; the next `log_step` moves rows at or after its (epoch, step) to other files.
 
         Args:
             state_dict: From an estimator with the same K, D, mode and assigner.
@@ -348,15 +237,8 @@ class MixtureStats:
         """Closes the files."""
         self.close()
 
-    def __repr__(self) -> str:
-        """Returns the options that differ from the defaults, D, and the number of updates, in one line."""
-        options = ((field.name, getattr(self._config, field.name)) for field in attrs.fields(MixtureRuntimeConfig))
-        said = [f"{name}={value!r}" for name, value in options if name == "K" or value != getattr(DEFAULTS, name)]
-        n, D = self._mixture.n_updates, self._mixture.progress.D
-        return f"MixtureStats({', '.join(said)}; {'' if D is None else f'D={D}, '}{n} update{'' if n == 1 else 's'})"
-
     def __deepcopy__(self, _: object) -> "MixtureStats":
-        """Returns an estimator with the same options and mixture that writes no files, as copies of a module may hold."""
+        """Returns an estimator with the same options and mixture that writes no files, for copies of modules."""
         copied = MixtureStats.from_config(self._config, is_main=False)
         copied.load_state_dict(self.state_dict())
         return copied

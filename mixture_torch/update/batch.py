@@ -116,7 +116,7 @@ def exchange(
 
 
 def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
-    """This rank's share of a batch whose entries the host has not seen: if one is wrong, no row of any rank counts."""
+    """Returns the batch although the host has not seen all entries: if one is wrong, no row of any rank counts."""
     wrong = (entries.header != HEADER) | (entries.has_fault > 0) | (entries.digest != entries.digest[0])
     odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
     x = torch.where(wrong.any(), torch.nan, batch.x)
@@ -211,7 +211,10 @@ def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
     """
     if type(embeddings) is not Tensor:
         embeddings = local_rows(embeddings)
-    return as_embeddings(embeddings, D=D).to(torch.float32).as_subclass(Tensor).resolve_neg()
+    x = as_embeddings(embeddings, D=D).to(torch.float32)
+    if type(x) is not Tensor:
+        x = x.as_subclass(Tensor)
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def _receive_labels(value: Any, x: Tensor, K: int) -> tuple[Tensor, Tensor]:

@@ -152,16 +152,8 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
             "The state_dict must hold the values of one mixture, got parts that do not belong together; if each rank "
             "has a mixture of its own, save each under its own key."
         )
-    for key, tensor in (
-        ("weight", weight),
-        ("mean", mean),
-        ("residual", residual),
-        ("covariance", covariance),
-        (
-            "waiting",
-            waiting,
-        ),
-    ):
+    tensors = {"weight": weight, "mean": mean, "residual": residual, "covariance": covariance, "waiting": waiting}
+    for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"The state_dict must have finite numbers as {key}, got NaN or infinity; load another one."

@@ -12,10 +12,10 @@ MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.ma
 
 @contextmanager
 def full_float32(beside: object) -> Iterator[None]:
-    """Turns off gradients, inference mode, autocast and reduced matrix products in its block, and restores them after it.
+    """Turns off gradients, inference mode, autocast and reduced matrix products in its block, and restores them.
 
-    Casting to float32 would not be enough: inside autocast a product of float32 matrices is bfloat16 again. Precision is
-    set for each backend, since the getter of `torch.set_float32_matmul_precision` raises if a backend was set alone.
+    Casting to float32 would not be enough: inside autocast a product of float32 matrices is bfloat16 again. The
+    precision is set per backend, since `torch.get_float32_matmul_precision` raises if a backend was set alone.
 
     Plain functions set everything, and nested `finally` blocks restore it: if an interrupt came between two settings,
     torch's own context managers could leave gradients or autocast off for the rest of the training.
@@ -51,14 +51,14 @@ def full_float32(beside: object) -> Iterator[None]:
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Leaves the transforms of torch.func in its block, since nothing in an update has a derivative."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # torch has no public way
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # not public
 
     with temporarily_clear_interpreter_stack():
         yield
 
 
 def unwrapped(value: Any) -> Any:
-    """Returns the tensor inside the wrappers that torch.func.grad and jvp put around it, and anything else unchanged."""
+    """Returns the tensor inside the wrappers of torch.func.grad and jvp, and anything else unchanged."""
     while isinstance(value, Tensor) and torch._C._functorch.is_gradtrackingtensor(value):
         value = torch._C._functorch.get_unwrapped(value)
     return value
@@ -73,7 +73,7 @@ def _device_type(beside: object) -> str:
 
 @contextmanager
 def may_wait() -> Iterator[None]:
-    """Turns off torch's sync debug mode in its block, so that waiting for a GPU neither warns nor raises."""
+    """Lets its block wait for a GPU even if torch's sync debug mode forbids it."""
     mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]  # torch's
     if mode:
         torch.cuda.set_sync_debug_mode(0)

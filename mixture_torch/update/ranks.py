@@ -50,7 +50,7 @@ class Ranks:
         self._group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
         if self.rank < 0:
-            raise ValueError("`process_group` must include this process if `cross_rank` is on, got a group without it.")
+            raise ValueError("`process_group` must hold this process if `cross_rank` is on, got one without it.")
 
     @cached_property
     def device(self) -> torch.device:
@@ -92,8 +92,8 @@ class Ranks:
         headers, faults, sizes, widths, digests, _ = (column.tolist() for column in entries)
         if (rank := next((rank for rank, header in enumerate(headers) if header != HEADER), None)) is not None:
             raise RuntimeError(
-                f"Ranks are out of step: rank {rank} is in another collective than `update`; call `update` equally often "
-                "on every rank."
+                f"Ranks are out of step: rank {rank} is in another collective than `update`; call `update` equally "
+                "often on every rank."
             )
         if any(faults):
             raise self._error_of(next(rank for rank, count in enumerate(faults) if count), fault) from fault

@@ -104,7 +104,7 @@ class StepStats(_Fields):
     """
 
     KEYS: ClassVar[tuple[str, ...]] = (*mixture_core.StepStats.KEYS, "n_relocated")
-    rows: ClassVar[Rows | None] = None  # of the whole training step; None in records that `tree_map` builds
+    rows: ClassVar[Rows]  # of the whole training step; missing in records that `tree_map` builds
     _source: ClassVar[Source]  # set on each record that `of` makes
 
     @classmethod
@@ -214,9 +214,3 @@ class Memory:
         self._readers = [reader for reader in self._readers if reader[0] is before]
         self._readers.append((source["covariance"], weakref.ref(moments)))
         return StepStats.of(source, moments, rows, n_relocated)
-
-
-def source_of(stats: mixture_core.StepStats) -> Source:
-    """Returns the results of a step of mixture_core."""
-    m = stats.moments
-    return {"weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": stats.R, "n_ignored": stats.n_ignored}

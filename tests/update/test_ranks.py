@@ -7,9 +7,9 @@ import torch
 
 from mixture_torch import read_log, read_scores
 from tests.tolerances import FLOAT32
-from tests.wrapper.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, STEPS, WHEN, shares
-from tests.wrapper.matrix import EXCHANGES
-from tests.wrapper.ranks import WORLD, Results
+from tests.update.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, STEPS, WHEN, shares
+from tests.update.matrix import EXCHANGES
+from tests.update.ranks import WORLD, Results
 from tests.wrapper.samples import assert_close, bits, estimator, mixture
 
 ranks = pytest.mark.parametrize("rank", range(WORLD))

@@ -19,8 +19,8 @@ from mixture_torch.reports import Report
 from mixture_torch.update import mixture as update_wing
 from mixture_torch.update.mixture import Mixture, Updated
 from mixture_torch.update.ranks import Ranks
-from tests.wrapper.matrix import EXCHANGES
-from tests.wrapper.ranks import WORLD, Case, Here, attempt, kill_in_collective
+from tests.update.matrix import EXCHANGES
+from tests.update.ranks import WORLD, Case, Here, attempt, kill_in_collective
 from tests.wrapper.samples import all_bits, estimator, mixture
 
 NAN = float("nan")
