@@ -102,7 +102,8 @@ def exchange(
     try:
         sizes = ranks.settle(entries, fault)
     except Exception as error:
-        others = entries.D[entries.waits == 0]  # ranks that did not wait are already in the all-reduce: take part
+        # Ranks that did not wait are already in the all-reduce: take part.
+        others = entries.D[(entries.waits == 0) & (entries.header == HEADER)]
         if not len(others):
             raise
         nothing = batch.x.new_zeros(0, int(others[0]))

@@ -102,8 +102,8 @@ class Ranks:
             raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
         if (rank := _odd(digests)) is not None:
             raise ValueError(
-                f"`update` must be called with the same `step`, options, state_dict and number of earlier updates on "
-                f"every rank, but one of these differs on rank {rank}."
+                "`update` must be called on every rank with the same `step`, options, state_dict and number of earlier "
+                f"updates, but one of these differs on rank {rank}."
             )
         return sizes
 

@@ -239,6 +239,15 @@ def killed(here: Here) -> dict[str, Any]:
     return {**attempt(wrapper, *shares(1)[here.rank]), "seconds": time.monotonic() - begin}
 
 
+def out_of_step(here: Here, exchange: str) -> dict[str, Any]:
+    """Rank 1 is in a collective of its own that looks like an update's."""
+    if here.rank == 1:
+        zeros = torch.zeros(6, dtype=torch.int64)
+        dist.all_gather([zeros.clone() for _ in range(WORLD)], zeros)
+        return {}
+    return attempt(estimator(cross_rank=exchange), *shares(0)[here.rank])
+
+
 # Files and groups
 
 
@@ -355,6 +364,7 @@ for how in EXCHANGES:
         f"two faults, {how}": partial(two_faults, exchange=how),
         **{f"odd step {kind}, {how}": partial(odd_step, kind=kind, exchange=how) for kind in STEPS},
         **{f"scarce {when}, {how}": partial(scarce, exchange=how, when=when) for when in ("before", "after")},
+        f"out of step, {how}": partial(out_of_step, exchange=how),
         f"groups, {how}": partial(groups, exchange=how),
         f"outside, {how}": partial(outside, exchange=how),
         **{f"resumed on {world}, {how}": partial(resumed, exchange=how, world=world) for world in (1, 3)},
