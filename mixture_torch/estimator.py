@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from types import EllipsisType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -39,21 +39,21 @@ class MixtureStats(View):
         ema_decay: Factor by which earlier weights are multiplied each step, in (0, 1).
         enabled: False makes all methods do nothing. If it is left out it is false, and the first `update` says so.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
-        cross_rank: Whether the mixture is that of all ranks: `gather`, or true: each rank gathers all embeddings;
-            `reduce`: each rank works on its own embeddings, R is of these alone, and only sums are exchanged.
+        cross_rank: Whether the mixture is that of all ranks: `gather` or true: each rank gathers all embeddings;
+            `reduce`: only sums are exchanged, and R is of the rank's own embeddings.
         log_dir: Folder for the files; None writes none.
         store_scores: Whether to write responsibilities too.
-        scores_mode: `append`: all in one file; `per_step`: one file per step.
+        scores_mode: `append`: into one file; `per_step`: into one file per step.
         max_assign_iters: Lloyd iterations per step.
         seed: Seed of the estimator's own random numbers.
-        strict: Raise if rows would be ignored, if the disk fails, and if memory runs out.
+        strict: Raise if rows would be ignored, the disk fails, or memory runs out.
         relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
         compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
-        dim: D, if it is known beforehand, so that `state_dict` has its final shapes before the first update.
+        dim: D, if known beforehand, so that `state_dict` has its final shapes before the first update.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
 
     Raises:
-        TypeError: An option is of the wrong type; the message names it, what was expected and what came.
+        TypeError: An option is of the wrong type.
         ValueError: An option is out of range, or `store_scores` lacks a `log_dir`.
 
     Example:
@@ -109,7 +109,7 @@ class MixtureStats(View):
         is_main: bool | None = None,
         process_group: Any = None,
     ) -> "MixtureStats":
-        """Returns the estimator of a configuration; the other arguments and errors are those of `MixtureStats`."""
+        """Returns the estimator of a configuration; other arguments and errors are those of `MixtureStats`."""
         if not isinstance(config, MixtureRuntimeConfig):
             raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
         return cls(log_dir=log_dir, is_main=is_main, process_group=process_group, **attrs.asdict(config))
@@ -126,15 +126,13 @@ class MixtureStats(View):
                 with NaN or Inf are ignored and counted.
             labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come
                 from labels.
-            step: The training step, a number or a text. Calls with the same one, as in gradient accumulation or with
-                several losses, bring parts of one batch: nothing decays in between. None is the step of the `activate`
-                around the call, or else a step of its own.
+            step: The training step, a number or a text. Calls with the same one bring parts of one batch, as in
+                gradient accumulation: nothing decays in between. None is the step of `activate`, or one of its own.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
             ValueError: A shape or a label is wrong, or `strict` and a row is ignored; the estimator is unchanged.
-            Exception: With `cross_rank`, any of these, here or on another rank; RuntimeError if ranks are out of step
-                or memory runs out in the middle of an exchange.
+            Exception: With `cross_rank`, also errors of other ranks, and RuntimeError if an exchange fails.
         """
         if not self.enabled and not self._says_disabled:
             return NOTHING
@@ -145,7 +143,7 @@ class MixtureStats(View):
             self._says_disabled = False
             warnings.warn(DISABLED, stacklevel=2)
             return NOTHING
-        if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass; torch has no public way to tell
             return self._stats
         problem: Exception | None = None  # of this rank alone: the others must be told
         try:
@@ -159,7 +157,7 @@ class MixtureStats(View):
         updated = self._mixture.update(embeddings, labels, token=step, problem=problem)
         if updated is not None:
             self._show(updated)
-            if updated.report is None and updated.n_ignored:
+            if updated.n_ignored:
                 self._warn_of_ignored(updated.n_ignored, int(updated.n_rows), stacklevel=2)
         while self._mixture.notes:  # last, as a warning may be turned into an error
             warnings.warn(self._mixture.notes.pop(0), stacklevel=2)
@@ -243,18 +241,10 @@ class MixtureStats(View):
         copied.load_state_dict(self.state_dict())
         return copied
 
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled: in another process it would write to the same files."""
-        raise TypeError(
-            "A MixtureStats cannot be pickled, as it writes to its `log_dir`; make another one there, and load the "
-            "`state_dict()` of this one into it."
-        )
-
-    def _show(self, updated: Updated) -> StepStats:
+    def _show(self, updated: Updated) -> None:
         self._stats, self._report = updated.stats, updated.report
         if updated.report is not None:
             self._recorder.expect(updated.report)
-        return self._stats
 
     def _settle(self, *, but: int = 0) -> None:
         """Writes what has been logged and says what there is to say, but for that many of the latest updates."""

@@ -1,6 +1,6 @@
 """What can be read from an estimator: its options, its state and its last statistics."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import attrs
 from torch import Tensor
@@ -123,3 +123,10 @@ class View:
         said = [f"{name}={value!r}" for name, value in options if name == "K" or value != getattr(DEFAULTS, name)]
         n, D = self._mixture.n_updates, self._mixture.progress.D
         return f"MixtureStats({', '.join(said)}; {'' if D is None else f'D={D}, '}{n} update{'' if n == 1 else 's'})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled: in another process it would write to the same files."""
+        raise TypeError(
+            "A MixtureStats cannot be pickled, as it writes to its `log_dir`; make another one there, and give it the "
+            "`state_dict()` of this one by `load_state_dict`."
+        )

@@ -141,6 +141,19 @@ def test_disk_knows_nothing_of_the_rest() -> None:
     assert not [name for name in imported(WRAPPER / "disk.py") if name.split(".")[0] in ("mixture_torch", "torch")]
 
 
+@pytest.mark.parametrize("path", files(WRAPPER / "update"), ids=ids)
+def test_update_knows_its_own_wing_and_the_configuration_alone(path: Path) -> None:
+    ours = {name for name in imported(path) if name.split(".")[0] == "mixture_torch"}
+    allowed = ("mixture_torch.update.", "mixture_torch.config.", "mixture_torch.reports.")
+    assert not [name for name in ours if not f"{name}.".startswith(allowed)]
+    assert not {name.split(".")[0] for name in imported(path)} & {"io", "pathlib", "shutil", "tempfile"}
+
+
+@pytest.mark.parametrize("path", files(WRAPPER / "update"), ids=ids)
+def test_no_file_of_the_update_wing_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 260
+
+
 @pytest.mark.parametrize("path", sorted(WRAPPER.glob("*.py")), ids=ids)
 def test_wrapper_never_needs_its_application_to_be_imported(path: Path) -> None:
     assert not [name for name in imported_at_run_time(path) if name.startswith("mixture_torch.app")]
@@ -203,7 +216,7 @@ def test_collectives_and_writes_are_where_they_are_looked_for() -> None:
         ),
         (
             "mixture_torch",
-            "MixtureStats MixtureRuntimeConfig activate active_estimator NTXentLoss read_log read_scores",
+            "MixtureStats MixtureRuntimeConfig activate active_estimator NTXentLoss StepStats read_log read_scores",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from mixture_torch.update.batch import Batch, exchange, ignored, is_out_of_memor
 from mixture_torch.update.checkpoint import LowerState, Progress, to_device
 from mixture_torch.update.cuda_graphs import Graphs
 from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
-from mixture_torch.update.ranks import Ranks, digest, other_ranks, text_of
+from mixture_torch.update.ranks import digest, other_ranks, text_of
 from mixture_torch.update.seeding import FirstWindow, seed, size_note
 from mixture_torch.update.stats import Memory, Rows, Source, StepStats
 
@@ -85,8 +85,7 @@ class Mixture:
         Args:
             embeddings: (N, D), tensor or NumPy array.
             labels: (N,) integers; not used unless responsibilities come from labels.
-            token: Names the training step; the token of the call before makes this batch a further part of its step.
-                None is a step of its own.
+            token: Of the training step; that of the call before makes this batch a further part. None is of no other.
             problem: An error that this rank has instead of a batch, and that other ranks must be told.
 
         Raises:
@@ -141,25 +140,16 @@ class Mixture:
                 raise problem
             return receive(config, embeddings, labels, D=D)
 
-        ranks = self._other_ranks() if config.cross_rank else None
+        ranks = other_ranks(self._group, was_together=self._was_together) if config.cross_rank else None
         if ranks is None:
             return self._take(own(), part, None)
+        self._was_together = True
         reduces, n_waiting = config.cross_rank == "reduce", None if waiting is None else len(waiting)
         same = self._core, reduces, config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting, part
         like = None if state is None or waiting is not None else state.moments.mean
         batch = exchange(config, own, ranks=ranks, digest=digest(*same), like=like)
         with together():
             return self._take(batch, part, ranks.total if reduces else None)
-
-    def _other_ranks(self) -> Ranks | None:
-        ranks = other_ranks(self._group)
-        if ranks is None and self._was_together:
-            raise RuntimeError(
-                "The process group of earlier updates has been destroyed, but `cross_rank` is on; to go on alone, load "
-                "the state_dict into an estimator without it."
-            )
-        self._was_together = ranks is not None
-        return ranks
 
     def _take(self, batch: Batch, part: Part, total: Total | None) -> Updated:
         """Computes the step and makes it the estimator's."""
@@ -193,7 +183,7 @@ class Mixture:
 
     def _go_on(self, state: LowerState, batch: Batch, part: Part, total: Total | None) -> _Outcome:
         """The step from the state, with components moved before it if that is due."""
-        kept = to_device(state, batch.x.device)
+        kept = state if state.moments.weight.device == batch.x.device else to_device(state, batch.x.device)
         start, n_relocated, before = kept, None, kept.moments.covariance
         if self._is_move_due(part):
             start, n_relocated = move(kept, lower=True)  # type: ignore[assignment]  # it keeps to lower triangles

@@ -159,19 +159,26 @@ def is_main_rank(group: Any = None) -> bool:
         ) from None
 
 
-def other_ranks(group: Any = None) -> Ranks | None:
+def other_ranks(group: Any = None, *, was_together: bool) -> Ranks | None:
     """Returns the ranks to exchange with; None if this process is alone.
 
     Args:
         group: The process group, None for the default one.
+        was_together: Whether this process has exchanged with other ranks before.
 
     Raises:
         ValueError: This process is not in the group.
+        RuntimeError: The group of earlier exchanges is gone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    ranks = Ranks(group)
-    return ranks if ranks.world > 1 else None
+    if dist.is_available() and dist.is_initialized():
+        ranks = Ranks(group)
+        return ranks if ranks.world > 1 else None
+    if was_together:
+        raise RuntimeError(
+            "The process group of earlier updates has been destroyed, but `cross_rank` is on; to go on alone, load the "
+            "state_dict into an estimator without it."
+        )
+    return None
 
 
 def text_of(error: object) -> str:

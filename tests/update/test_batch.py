@@ -216,11 +216,6 @@ def test_scores_of_a_tensor_subclass_are_stored(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "mixture_scores.pt")[0]["responsibilities"].tolist() == R.tolist()
 
 
-def test_state_is_on_the_device_of_the_embeddings() -> None:
-    wrapper = estimator()
-    assert {value.device for value in wrapper.update(mixture()[0]).values()} == {torch.device("cpu")}
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_state_follows_the_embeddings_from_device_to_device() -> None:
     wrapper = estimator()

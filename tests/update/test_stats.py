@@ -26,12 +26,6 @@ def expected(count: int) -> list[dict[str, Any]]:
     return [bits(dict(one.update(x))) for x in batches(count)]
 
 
-def test_statistics_read_late_are_those_of_their_step() -> None:
-    one = estimator()
-    kept = [one.update(x) for x in batches(8)]
-    assert [bits(dict(stats)) for stats in kept] == expected(8)
-
-
 @pytest.mark.parametrize("age", [1, 2, 3])
 def test_statistics_held_for_some_steps_are_those_of_their_step(age: int) -> None:
     one, held = estimator(), []
