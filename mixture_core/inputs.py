@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 SAMPLE = 9  # rows, a power of 3
+RESHAPE = {  # what to do with embeddings of so many dimensions
+    1: "add a dimension with x[None] for one sample, or x[:, None] for one feature",
+    3: "flatten (N, T, D) with x.flatten(0, 1) to take each position as a sample, or average positions with x.mean(1)",
+    4: "average the positions of (N, C, H, W) with x.mean((2, 3))",
+}
 
 
 def as_tensor(value: Any, *, name: str) -> Tensor:
@@ -20,7 +25,8 @@ def as_tensor(value: Any, *, name: str) -> Tensor:
             raise TypeError(f"`{name}` must be a dense tensor that holds numbers, got a {kind} one.")
         return value
     if not hasattr(value, "__array__"):
-        raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}.")
+        convert = f"; convert it with torch.as_tensor({name})" if isinstance(value, (list, tuple)) else ""
+        raise TypeError(f"`{name}` must be a tensor or a NumPy array, got {type(value).__name__}{convert}.")
     array = value.__array__()
     try:  # a copy: torch takes neither negative strides nor read-only memory nor foreign byte orders
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
@@ -45,7 +51,8 @@ def as_embeddings(value: Any, *, D: int | None = None, name: str = "embeddings",
     if x.is_complex():
         raise TypeError(f"`{name}` must be real numbers, got {x.dtype}.")
     if x.ndim != 2 or x.shape[1] < 1 or (D is not None and x.shape[1] != D):
-        raise ValueError(f"`{name}` must have shape ({rows}, {D or 'D >= 1'}), got {tuple(x.shape)}.")
+        advice = f"; {RESHAPE[x.ndim]}" if x.ndim in RESHAPE else ""
+        raise ValueError(f"`{name}` must have shape ({rows}, {D or 'D >= 1'}), got {tuple(x.shape)}{advice}.")
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 

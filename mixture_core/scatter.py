@@ -117,10 +117,13 @@ def _is_forward_twice() -> bool:
     return forward > 1 or (forward == 0 and torch.autograd.forward_ad._current_level >= 0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has not annotated it
 def _levels(*kinds: Any) -> int:
     """How many transforms of these kinds the caller is inside of."""
     return sum(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or [])
+
+
+# What `torch.compiler.assume_constant_result` does, which imports torch._dynamo, and that takes a second.
+_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch._dynamo
 
 
 def _hard_index(R: Tensor) -> Tensor | None:

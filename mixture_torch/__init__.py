@@ -6,11 +6,13 @@ from mixture_torch.estimator import MixtureStats
 from mixture_torch.files.log import read_log
 from mixture_torch.files.scores import read_scores
 from mixture_torch.losses import NTXentLoss
+from mixture_torch.update.stats import StepStats
 
 __all__ = [
     "MixtureRuntimeConfig",
     "MixtureStats",
     "NTXentLoss",
+    "StepStats",
     "activate",
     "active_estimator",
     "read_log",

@@ -1,28 +1,43 @@
-"""The estimator that a training loop has switched on, for the losses inside it to find."""
+"""The estimator that a training loop has switched on, for the losses inside it to find; compiled ones too."""
 
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch._library.effects import EffectType  # torch has no public way to declare a side effect
 
 from mixture_core.config import as_integer
 
 if TYPE_CHECKING:
     from mixture_torch.estimator import MixtureStats
 
-_entered: ContextVar[tuple["activate", ...]] = ContextVar("entered", default=())  # a thread has its own
+_entered: ContextVar[tuple["activate", ...]] = ContextVar("entered", default=())  # each thread has its own
 
 
 class activate(ContextDecorator):
-    """Makes an estimator the active one inside a `with` block, and the one before it active again afterwards.
+    """Makes an estimator the active one inside a `with` block, and restores the one before it afterwards.
 
-    The same object may be entered again, nested, one after the other, and by several threads at once.
+    The same object may be entered several times: nested, one after the other, and by several threads at once.
 
     Args:
         estimator: None makes none active.
-        step: All that the estimator is fed inside the block belongs to this training step; None tells it of no step.
+        step: Training step that everything inside the block belongs to; None tells the estimator of no step.
 
     Raises:
-        TypeError: One of them is something else.
+        TypeError: An argument is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from mixture_torch import MixtureStats, NTXentLoss, activate
+        >>> estimator, criterion = MixtureStats(K=2, enabled=True), NTXentLoss()
+        >>> with activate(estimator):
+        ...     loss = criterion(torch.randn(16, 4), torch.randn(16, 4))
+        >>> estimator.stats.R.shape
+        torch.Size([32, 2])
     """
 
     def __init__(self, estimator: "MixtureStats | None", *, step: int | str | None = None) -> None:
@@ -37,10 +52,10 @@ class activate(ContextDecorator):
         return self.estimator
 
     def __exit__(self, *_: object) -> None:
-        """Ends the innermost block of this object, also where a later block has not ended yet, as in generators.
+        """Ends the innermost block of this object, even if a later block has not ended yet, as in generators.
 
         Raises:
-            RuntimeError: There is none in this thread.
+            RuntimeError: This object has no block in this thread.
         """
         entered = _entered.get()
         if self not in entered:
@@ -50,10 +65,10 @@ class activate(ContextDecorator):
 
 
 def as_step(step: int | str | None) -> int | str | None:
-    """Returns what tells a step from others, NumPy's integers as an int.
+    """Returns a step unchanged, or as an int if it is another library's integer.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It is neither an integer nor a text nor None.
     """
     if step is None or isinstance(step, str):
         return step
@@ -63,12 +78,65 @@ def as_step(step: int | str | None) -> int | str | None:
 
 
 def active_estimator() -> "MixtureStats | None":
-    """Returns the estimator of the innermost `activate` around the call, in this thread, or None."""
+    """Returns the estimator of the innermost `activate` around the call, in this thread, or None.
+
+    Example:
+        >>> from mixture_torch import MixtureStats, activate, active_estimator
+        >>> estimator = MixtureStats(K=2, enabled=True)
+        >>> with activate(estimator):
+        ...     active_estimator() is estimator
+        True
+    """
     entered = _entered.get()
     return entered[-1].estimator if entered else None
 
 
 def active_step(estimator: "MixtureStats") -> int | str | None:
-    """Returns the step that the innermost `activate` around the call tells this very estimator of, or None."""
+    """Returns the step of the innermost `activate` around the call if that is of this very estimator, or None."""
     entered = _entered.get()
     return entered[-1].step if entered and entered[-1].estimator is estimator else None
+
+
+# torch.compile cannot trace an update. It sees one operator with a side effect, which finds the estimator when it runs.
+OPERATOR = "mixture_torch::update"
+ACTIVE = -1  # key of the active estimator, whichever that is when the operator runs
+_estimators: "WeakValueDictionary[int, MixtureStats]" = WeakValueDictionary()
+_keys = count()
+
+torch.library.define(
+    OPERATOR,
+    "(Tensor embeddings, Tensor? labels, int key, SymInt? number, str? text) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+torch.library.register_fake(OPERATOR, lambda *_: None)
+torch.library._register_effectful_op(OPERATOR, EffectType.ORDERED)  # else compilers would remove it
+
+
+@torch.library.impl(OPERATOR, "default")
+def _update(embeddings: Tensor, labels: Tensor | None, key: int, number: int | None, text: str | None) -> None:
+    estimator = active_estimator() if key == ACTIVE else _estimators.get(key)
+    if estimator is not None:
+        estimator.update(embeddings, labels, step=number if text is None else text)
+
+
+def register(estimator: "MixtureStats") -> int:
+    """Returns a key by which compiled code finds an estimator as long as it lives."""
+    key = next(_keys)
+    _estimators[key] = estimator
+    return key
+
+
+def update_compiled(key: int, embeddings: Any, labels: Any, step: int | str | None) -> None:
+    """Updates an estimator in code that torch.compile traces.
+
+    Args:
+        key: From `register`, or ACTIVE.
+        embeddings: (N, D), tensor or NumPy array.
+        labels: (N,) integers, or None.
+        step: As in `update`.
+    """
+    text = step if isinstance(step, str) else None
+    number = None if isinstance(step, str) else step
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+    torch.ops.mixture_torch.update(torch.as_tensor(embeddings).detach(), labels, key, number, text)

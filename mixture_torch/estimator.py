@@ -5,65 +5,69 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Literal, NoReturn
+from types import EllipsisType
+from typing import Any, Literal
 
 import attrs
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map  # torch has no public pytree module
 
-import mixture_core
-from mixture_core import MixtureState
-from mixture_core.grouped import complete_
-from mixture_torch.accumulator import Accumulator, Updated, ignored, to_device
-from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
-from mixture_torch.checkpoint import SEEDING_ROWS, from_state_dict, to_state_dict
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.context import active_step, as_step
-from mixture_torch.distributed import is_main_rank, text_of
+from mixture_torch.context import active_step, as_step, register, update_compiled
 from mixture_torch.files.recorder import Recorder, Row
-from mixture_torch.precision import full_float32
 from mixture_torch.update.arrivals import Arrivals, Logged, Report, as_count, check_loggable, responsibilities_of
+from mixture_torch.update.batch import ignored, settle
+from mixture_torch.update.checkpoint import from_state_dict
+from mixture_torch.update.mixture import Updated
+from mixture_torch.update.precision import full_float32
+from mixture_torch.update.ranks import is_main_rank
+from mixture_torch.update.stats import NOTHING, StepStats
+from mixture_torch.views import DEFAULTS, DISABLED, View
 
-DEFAULTS = MixtureRuntimeConfig()
-CALLER = 3  # frames up from `update`, of which torch.compiler.disable takes one
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+CALLER = 3  # frames up from a method that is called by a public one
 
 
-class MixtureStats:
-    """Keeps a Gaussian mixture of the embeddings that it is fed, and writes a row about it per step.
+class MixtureStats(View):
+    """Keeps a Gaussian mixture of the embeddings that it is given, and writes one row about it per step.
 
-    Everything is computed in float32, without gradients, outside autocast, and from random numbers of its own, so that
-    a training run with it is bit for bit the run without it. The means start from greedy k-means++ once 4 K usable rows
-    have come; until then every batch starts anew from the rows so far.
+    It computes in float32, without gradients, outside autocast, and from its own random numbers, so that training is
+    bit for bit the same with it and without it. Means are seeded by greedy k-means++ once 4 K usable rows have come;
+    until then each batch starts anew from all rows so far.
 
     Args:
         K: Number of components.
         assigner: `kmeans_online`: each row belongs to its nearest mean; `label_supervised`: to its label.
         mode: `ema`: statistics over an exponential window; `per_batch`: of each batch alone; `label_supervised`: of
             each batch alone, by labels.
-        ema_decay: Factor by which the weight of earlier samples is multiplied each step, in (0, 1).
-        enabled: False makes every method do nothing.
+        ema_decay: Factor by which earlier weights are multiplied each step, in (0, 1).
+        enabled: False makes all methods do nothing. If it is left out it is false, and the first `update` says so.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
-        cross_rank: Whether the mixture is that of the embeddings of all ranks: `gather`, or true, has every rank gather
-            and work on all of them; `reduce` has each work on its own, and add up sums, so that R is of its own too.
+        cross_rank: Whether the mixture is that of all ranks: `gather` or true: each rank gathers all embeddings;
+            `reduce`: only sums are exchanged, and R is of the rank's own embeddings.
         log_dir: Folder for the files; None writes none.
-        store_scores: Write the responsibilities too.
-        scores_mode: `append`: all in one file; `per_step`: one file per step.
+        store_scores: Whether to write responsibilities too.
+        scores_mode: `append`: into one file; `per_step`: into one file per step.
         max_assign_iters: Lloyd iterations per step.
-        seed: Of the estimator's own random numbers.
-        strict: Raise where rows would be ignored, where the disk fails, and where memory runs out.
-        relocate: Move wasted components to where the mixture fits worst, once a window, with k-means in `mode: ema`.
-        compile: On a GPU, replay steps as CUDA graphs, for each size of batch: a fraction of the host's time. Not where
-            `strict` has to wait anyway.
-        dim: D, where it is known beforehand: `state_dict` then has its final shapes before the first update, as those
-            need that load in place.
+        seed: Seed of the estimator's own random numbers.
+        strict: Raise if rows would be ignored, the disk fails, or memory runs out.
+        relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
+        compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
+        dim: D, if known beforehand, so that `state_dict` has its final shapes before the first update.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
 
     Raises:
-        TypeError: An option is of the wrong type; the message names it, what was expected and what came.
+        TypeError: An option is of the wrong type.
         ValueError: An option is out of range, or `store_scores` lacks a `log_dir`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_torch import MixtureStats
+        >>> estimator = MixtureStats(K=2, enabled=True)
+        >>> stats = estimator.update(torch.cat([torch.zeros(30, 4), torch.ones(10, 4)]))
+        >>> sorted(stats.pi.tolist()), round(float(stats.trace_B), 2)
+        ([0.25, 0.75], 0.75)
+        >>> estimator
+        MixtureStats(K=2, enabled=True; D=4, 1 update)
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class MixtureStats:
         assigner: Literal["kmeans_online", "label_supervised"] = DEFAULTS.assigner,
         mode: Literal["per_batch", "ema", "label_supervised"] = DEFAULTS.mode,
         ema_decay: float = DEFAULTS.ema_decay,
-        enabled: bool = DEFAULTS.enabled,
+        enabled: bool | EllipsisType = ...,
         is_main: bool | None = None,
         cross_rank: bool | Literal["gather", "reduce"] = DEFAULTS.cross_rank,
         log_dir: str | os.PathLike[str] | None = None,
@@ -87,33 +91,22 @@ class MixtureStats:
         dim: int | None = DEFAULTS.dim,
         process_group: Any = None,
     ) -> None:
-        self._config = MixtureRuntimeConfig(
-            K=K,
-            assigner=assigner,
-            mode=mode,
-            ema_decay=ema_decay,
-            enabled=enabled,
-            cross_rank=cross_rank,
-            store_scores=store_scores,
-            scores_mode=scores_mode,
-            max_assign_iters=max_assign_iters,
-            seed=seed,
-            strict=strict,
-            relocate=relocate,
-            compile=compile,
-            dim=dim,
-        )
-        self._recorder = _recorder(self._config, log_dir, is_main, process_group)
+        self._says_disabled = enabled is ...
+        config = MixtureRuntimeConfig(
+            K=K, assigner=assigner, mode=mode, ema_decay=ema_decay, enabled=False if enabled is ... else enabled,
+            cross_rank=cross_rank, store_scores=store_scores, scores_mode=scores_mode, seed=seed, strict=strict,
+            max_assign_iters=max_assign_iters, relocate=relocate, compile=compile, dim=dim,
+        )  # fmt: skip
+        self._recorder = _recorder(config, log_dir, is_main, process_group)
+        super().__init__(config, is_main=is_main, process_group=process_group)
         self._reports: Arrivals[Report] = Arrivals()
         self._logged: Arrivals[Logged[Row]] = Arrivals()
-        weakref.finalize(self, _finish, self._logged, self._recorder)  # for whoever never calls `close`
-        self._resumes = False  # whether the next row goes on from a checkpoint
+        weakref.finalize(self, _finish, self._logged, self._recorder)  # if nobody calls `close`
+        self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._warned_of_no_stats = False
-        self._accumulator = Accumulator(self._config, process_group)
-        self._stats = NOTHING
+        self._key = register(self)  # by which compiled code finds it
         self._report: Report | None = None
         self._warned = False  # of ignored rows
-        self._short = False  # of memory, and said so
 
     @classmethod
     def from_config(
@@ -124,78 +117,43 @@ class MixtureStats:
         is_main: bool | None = None,
         process_group: Any = None,
     ) -> "MixtureStats":
-        """Returns the estimator of a configuration.
-
-        Args:
-            config: From `MixtureRuntimeConfig.from_yaml`, `.from_mapping`, or made by hand.
-            log_dir: Folder for the files.
-            is_main: Whether this process writes them.
-            process_group: The ranks of `cross_rank` and `is_main`.
-
-        Raises:
-            TypeError: `config` is something else, or another argument is of the wrong type.
-            ValueError: `store_scores` lacks a `log_dir`.
-        """
+        """Returns the estimator of a configuration; other arguments and errors are those of `MixtureStats`."""
         if not isinstance(config, MixtureRuntimeConfig):
             raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
         return cls(log_dir=log_dir, is_main=is_main, process_group=process_group, **attrs.asdict(config))
 
-    @property
-    def config(self) -> MixtureRuntimeConfig:
-        """All options but `log_dir` and `is_main`."""
-        return self._config
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the estimator does anything."""
-        return self._config.enabled
-
-    @property
-    def state(self) -> MixtureState | None:
-        """What the next update starts from, as a copy; None before the first."""
-        own = self._accumulator.standing.state
-        if own is None:
-            return None
-        with full_float32(own.moments.weight):
-            state: MixtureState = tree_map(torch.clone, own)
-            complete_(state.moments.covariance)
-        return state
-
-    @property
-    def stats(self) -> Mapping[str, Tensor]:
-        """What the last update returned; empty before the first."""
-        return self._stats
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has not annotated it
-    def update(
-        self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None
-    ) -> Mapping[str, Tensor]:
+    def update(self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None) -> StepStats:
         """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
 
-        Where the estimator is disabled, the mapping is empty. During a backward pass, where activation checkpointing
-        runs the forward pass a second time, nothing is updated and the last mapping is returned. Where memory runs out
-        the batch counts for nothing, with a warning; with `cross_rank` only as long as the other ranks can be told.
+        The statistics are empty if the estimator is disabled, and in code that torch.compile traces: read `stats` after
+        it. Nothing is updated in a backward pass, in which activation checkpointing runs the forward pass again. If
+        memory runs out, the batch is skipped with a warning; with `cross_rank`, only if other ranks can be told.
 
         Args:
             embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
                 with NaN or Inf are ignored and counted.
-            labels: (N,) integers in [0, K), or -1 or -100 where a row is to be ignored; only looked at where
-                responsibilities come from labels.
-            step: Of the training, a number or a text that tells it from others. Calls with the same one, as gradient
-                accumulation or several losses make them, bring parts of one batch: nothing decays in between. None is
-                that of the `activate` around the call, or else a step of its own.
+            labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come
+                from labels.
+            step: The training step, a number or a text. Calls with the same one bring parts of one batch, as in
+                gradient accumulation: nothing decays in between. None is the step of `activate`, or one of its own.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
-            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; likewise.
-            Exception: With `cross_rank`, any of these, here or on another rank; RuntimeError where memory runs out in
-                the middle of an exchange.
+            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; the estimator is unchanged.
+            Exception: With `cross_rank`, also errors of other ranks, and RuntimeError if an exchange fails.
         """
-        if not self.enabled:
+        if not self.enabled and not self._says_disabled:
             return NOTHING
-        if torch._C._current_graph_task_id() != -1:  # torch has no public way to tell that a backward pass is running
+        if torch.compiler.is_compiling():
+            update_compiled(self._key, embeddings, labels if self._config.uses_labels else None, step)
+            return NOTHING
+        if not self.enabled:
+            self._says_disabled = False
+            warnings.warn(DISABLED, stacklevel=2)
+            return NOTHING
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass; torch has no public way to tell
             return self._stats
-        problem: Exception | None = None  # of this rank alone: the others have to hear of it
+        problem: Exception | None = None  # of this rank alone: the others must be told
         try:
             self._settle(but=0 if self._config.cross_rank == "reduce" else 1)
         except OSError as error:
@@ -204,23 +162,14 @@ class MixtureStats:
             step = active_step(self) if step is None else as_step(step)
         except Exception as error:
             problem, step = error, None
-        try:
-            updated = self._accumulator.update(embeddings, labels, token=step, problem=problem)
-        except (MemoryError, RuntimeError) as error:
-            if self._config.strict or not is_out_of_memory(error):
-                raise
-            return self._skip(embeddings, step, error)
-        if updated.report is None:
-            self._warn_of_ignored(int(updated.stats.n_ignored), int(updated.n_rows), stacklevel=CALLER)
-        stats = self._show(updated)
-        if (n_rows := self._accumulator.scarce_rows()) is not None:
-            core = self._config.core
-            warnings.warn(
-                f"K={core.K} is too large: the first window, {core.window} steps, had {n_rows} rows, fewer than "
-                f"4 K = {SEEDING_ROWS * core.K}. Use a smaller K, larger batches or a larger `ema_decay`.",
-                stacklevel=CALLER,
-            )
-        return stats
+        updated = self._mixture.update(embeddings, labels, token=step, problem=problem)
+        if updated is not None:
+            self._show(updated)
+            if updated.n_ignored:
+                self._warn_of_ignored(updated.n_ignored, int(updated.n_rows), stacklevel=2)
+        while self._mixture.notes:  # last, as a warning may be turned into an error
+            warnings.warn(self._mixture.notes.pop(0), stacklevel=2)
+        return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
@@ -256,55 +205,20 @@ class MixtureStats:
         self._resumes = False
         self._settle(but=1)
 
-    def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Returns R, (N, K) float32: each row's nearest mean as it stands, or its label, with no update of anything.
-
-        Args:
-            embeddings: (N, D), tensor or NumPy array.
-            labels: (N,) integers; only looked at where responsibilities come from labels.
-
-        Raises:
-            TypeError: An argument is of the wrong type.
-            ValueError: A shape is wrong, there has been no update, or the estimator is disabled and has no mixture.
-        """
-        state = self._accumulator.standing.state
-        if state is None and not self.enabled:
-            raise ValueError("`enabled` must be true for `assign`, got false: without it there is no mixture.")
-        if state is None:
-            raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
-        with full_float32(embeddings):
-            x = as_plain_embeddings(embeddings)
-            return mixture_core.assign(to_device(state, x.device), x, labels)
-
-    def state_dict(self, *, dim: int | None = None) -> dict[str, Tensor | int | str]:
-        """Returns all that a later run needs to go on, as plain tensors, ints and strings, with the same keys always.
-
-        `torch.load` reads it back with its safe defaults. `torch.distributed.checkpoint` loads in place, and so needs
-        the final shapes: give `dim` where it loads into an estimator that has had no update.
-
-        Args:
-            dim: D, for the shapes before the first update; None is the estimator's `dim`, and 0 without it.
-        """
-        with full_float32(None):
-            return to_state_dict(self._config.core, self._accumulator.standing, dim=dim or self._config.dim)
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a state_dict.
-
-        What was recorded at or after the (epoch, step) that is logged next is then superseded: it is moved to files of
-        its own, so that the log of an interrupted run is the log of one that was not.
+        """Goes on from a state_dict; the next `log_step` moves rows at or after its (epoch, step) to other files.
 
         Args:
             state_dict: From an estimator with the same K, D, mode and assigner.
 
         Raises:
-            TypeError: It is no mapping.
-            ValueError: It is from another kind of estimator, or incomplete; this one is unchanged.
+            TypeError: It is not a mapping.
+            ValueError: It is from another kind of estimator, incomplete or damaged; this one is unchanged.
         """
         self._settle()
         with full_float32(None):
-            D = self._accumulator.standing.D or self._config.dim
-            self._accumulator.restart(from_state_dict(self._config.core, state_dict, D=D))
+            D = self._mixture.progress.D or self._config.dim
+            self._mixture.restart(from_state_dict(self._config.core, state_dict, D=D))
         self._stats, self._report = NOTHING, None
         self._resumes = True
 
@@ -335,33 +249,15 @@ class MixtureStats:
         self.close()
 
     def __deepcopy__(self, _: object) -> "MixtureStats":
-        """Returns an estimator of the same options and mixture that writes no files, as a module's copy may hold."""
+        """Returns an estimator with the same options and mixture that writes no files, for copies of modules."""
         copied = MixtureStats.from_config(self._config, is_main=False)
         copied.load_state_dict(self.state_dict())
         return copied
 
-    def __reduce__(self) -> NoReturn:
-        """Refuses to be pickled: in another process it would write to the same files."""
-        raise TypeError(
-            "A MixtureStats cannot be pickled, as it writes to its `log_dir`: make another one there, and give it this "
-            "one's `state_dict()` by `load_state_dict`."
-        )
-
-    def _skip(self, embeddings: Any, step: int | str | None, error: Exception) -> Mapping[str, Tensor]:
-        """Goes on as if no row had counted; this is an instrument, and the run is what matters."""
-        if not self._short:
-            self._short = True
-            cause = text_of(error)
-            warnings.warn(f"`update` ran out of memory and skips such batches: {cause}", stacklevel=CALLER)
-        N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # not so where another rank had no memory
-        updated = self._accumulator.skip(N, token=step)
-        return self._stats if updated is None else self._show(updated)
-
-    def _show(self, updated: Updated) -> Mapping[str, Tensor]:
+    def _show(self, updated: Updated) -> None:
         self._stats, self._report = updated.stats, updated.report
         if updated.report is not None:
             self._reports.expect(updated.report)
-        return self._stats
 
     def _expect_row(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
         if report is None:
@@ -385,7 +281,7 @@ class MixtureStats:
         self._warn_of_ignored(report.n_ignored, report.N, stacklevel=CALLER + 2, at=at)
 
     def _warn_of_no_stats(self) -> None:
-        if not (self._warned_of_no_stats or self._short):
+        if not (self._warned_of_no_stats or self._mixture.is_short):
             self._warned_of_no_stats = True
             warnings.warn(
                 "`log_step` has nothing to log, as there was no `update`; feed the estimator by `update`, or by "

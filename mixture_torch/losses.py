@@ -1,4 +1,4 @@
-"""A contrastive loss that feeds the active estimator."""
+"""A contrastive loss that updates the active estimator."""
 
 import math
 from typing import Any
@@ -9,23 +9,30 @@ from torch.nn import functional
 
 from mixture_core.config import as_number
 from mixture_core.inputs import as_tensor
-from mixture_torch.context import active_estimator
+from mixture_torch.context import ACTIVE, active_estimator, update_compiled
 
 
 class NTXentLoss(nn.Module):
-    """The normalised temperature-scaled cross entropy of SimCLR, and the estimator's view of the embeddings.
+    """The normalised temperature-scaled cross entropy of SimCLR, which also updates the active estimator.
 
-    Over the 2N rows z of cat([z1, z2]), each L2-normalised, i's positive j(i) being the other view of its sample:
+    With z the 2N rows of cat([z1, z2]), each L2-normalised, and j(i) the other view of the sample of row i:
 
         loss = mean_i -log( exp(z_i . z_j(i) / temperature) / sum_{k != i} exp(z_i . z_k / temperature) )
 
-    The same 2N rows, detached, go to the active estimator at every call, with the labels once for either view.
+    Each call updates the active estimator with the same 2N rows, detached, and with the labels of both views.
 
     Args:
         temperature: Above 0.
 
     Raises:
         ValueError: `temperature` is not a positive number.
+
+    Example:
+        >>> import torch
+        >>> from mixture_torch import NTXentLoss
+        >>> z = torch.eye(4)
+        >>> round(float(NTXentLoss(temperature=1.0)(z, z)), 4)
+        1.1654
 
     Chen et al., "A simple framework for contrastive learning of visual representations" (2020), section 2.1.
     """
@@ -42,10 +49,10 @@ class NTXentLoss(nn.Module):
         Args:
             z1: (N, D) embeddings of one view, N at least 1; need not be normalised.
             z2: (N, D) embeddings of the other view of the same samples.
-            labels: (N,) integers for the active estimator; the loss itself has no use for them.
+            labels: (N,) integers for the active estimator; the loss does not depend on them.
 
         Raises:
-            ValueError: The shapes are not those.
+            ValueError: The shapes are wrong.
         """
         if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 1:
             shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
@@ -53,7 +60,10 @@ class NTXentLoss(nn.Module):
         z = torch.cat([z1, z2])
         # A norm in half precision is off by 1e-3, and with it every similarity.
         z = functional.normalize(z if z.dtype == torch.float64 else z.to(torch.float32), dim=1)
-        if (estimator := active_estimator()) is not None:
+        if torch.compiler.is_compiling():
+            both = torch.cat([labels, labels]) if isinstance(labels, Tensor) and labels.ndim == 1 else None
+            update_compiled(ACTIVE, z, both, None)
+        elif (estimator := active_estimator()) is not None:
             estimator.update(z.detach(), _of_both_views(labels))
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         similarity = (z @ z.mT / self.temperature).masked_fill(itself, -torch.inf)
@@ -61,12 +71,12 @@ class NTXentLoss(nn.Module):
         return functional.cross_entropy(similarity, positive)
 
     def extra_repr(self) -> str:
-        """Returns what `print` shows of the loss."""
+        """Returns the options, as `print` shows them."""
         return f"temperature={self.temperature}"
 
 
 def _of_both_views(labels: Any) -> Any:
-    """The labels once per view; what is no vector goes on as it is, for the estimator to refuse if it wants labels."""
+    """The labels of both views; unchanged if they are not a vector, for the estimator to refuse if it needs labels."""
     try:
         vector = as_tensor(labels, name="labels")
     except TypeError:

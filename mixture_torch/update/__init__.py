@@ -1,1 +1,1 @@
-"""The mixture that an estimator keeps, updated by one batch after another. Nothing here touches a disk."""
+"""One update, from a batch to new moments. Nothing here touches a disk."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mixture_core import StepStats
 from mixture_core.moments import figures
-from mixture_torch.batches import Doubt
-from mixture_torch.memory import Rows
+from mixture_torch.update.batch import Doubt
+from mixture_torch.update.stats import Rows
 
 T = TypeVar("T")
 

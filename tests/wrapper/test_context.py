@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixture_torch import MixtureStats, activate, active_estimator
+from mixture_torch import activate, active_estimator
 from mixture_torch.context import active_step
 from tests.wrapper.samples import assert_says, estimator
 
@@ -17,31 +17,11 @@ def test_active_estimator_is_none_by_default() -> None:
     assert active_estimator() is None
 
 
-def test_activate_gives_its_block_the_estimator() -> None:
-    first = estimator()
-    with activate(first) as given:
-        assert given is active_estimator() is first
-
-
-def test_activate_ends_with_its_block() -> None:
-    with activate(estimator()):
-        pass
-    assert active_estimator() is None
-
-
 def test_activate_nests() -> None:
     first, second = estimator(), estimator()
     with activate(first):
         with activate(second):
             assert active_estimator() is second
-        assert active_estimator() is first
-
-
-def test_activate_of_the_same_estimator_nests() -> None:
-    first = estimator()
-    with activate(first):
-        with activate(first):
-            pass
         assert active_estimator() is first
 
 
@@ -57,38 +37,6 @@ def test_activate_restores_on_exceptions() -> None:
         with pytest.raises(KeyError), activate(estimator()):
             raise KeyError
         assert active_estimator() is first
-
-
-def test_threads_see_their_own_estimator() -> None:
-    barrier = Barrier(4)
-
-    def inside(own: MixtureStats) -> bool:
-        with activate(own):
-            barrier.wait(10)  # all four are active now
-            return active_estimator() is own
-
-    with ThreadPoolExecutor(4) as pool, activate(estimator()):
-        assert list(pool.map(inside, [estimator() for _ in range(4)])) == [True] * 4
-
-
-def test_thread_leaves_the_estimator_of_its_parent() -> None:
-    def inside() -> None:
-        with activate(None):
-            pass
-
-    own = estimator()
-    with activate(own), ThreadPoolExecutor(1) as pool:
-        pool.submit(inside).result()
-        assert active_estimator() is own
-
-
-def test_activate_may_be_entered_again() -> None:
-    own = estimator()
-    block = activate(own)
-    for _ in range(2):
-        with block:
-            assert active_estimator() is own
-        assert active_estimator() is None
 
 
 def test_activate_may_be_entered_inside_itself() -> None:
@@ -156,13 +104,6 @@ def test_end_of_no_block_is_one_line() -> None:
     with pytest.raises(RuntimeError, match="must end in the thread that it began in") as error:
         activate(estimator()).__exit__()
     assert_says(error.value, "activate", "none from here")
-
-
-def test_active_step_is_none_by_default() -> None:
-    own = estimator()
-    assert active_step(own) is None
-    with activate(own):
-        assert active_step(own) is None
 
 
 @pytest.mark.parametrize("step", [0, 7, "warm-up", np.int64(7)])

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_core import shares as shares_of_core
-from mixture_torch import MixtureStats, accumulator
-from mixture_torch.accumulator import Accumulator, Updated
-from mixture_torch.distributed import Ranks
+from mixture_torch import MixtureStats
+from mixture_torch.update import mixture as update_wing
 from mixture_torch.update.arrivals import Report
-from tests.wrapper.matrix import EXCHANGES
-from tests.wrapper.ranks import WORLD, Case, Here, attempt, kill_in_collective
+from mixture_torch.update.mixture import Mixture, Updated
+from mixture_torch.update.ranks import Ranks
+from tests.update.matrix import EXCHANGES
+from tests.update.ranks import WORLD, Case, Here, attempt, kill_in_collective
 from tests.wrapper.samples import all_bits, estimator, mixture
 
 NAN = float("nan")
@@ -64,13 +65,13 @@ def strict_with_a_bad_row(here: Here, exchange: str) -> list[dict[str, Any]]:
 
 def unseen(here: Here, what: str) -> list[dict[str, Any]]:
     """A fault of rank 1, or a state_dict that it has loaded alone, where ranks reduce and do not wait for entries."""
-    commit = Accumulator._commit
+    commit = Mixture._commit
 
     def with_report(*arguments: Any, **options: Any) -> Updated:
         updated = commit(*arguments, **options)
         return updated._replace(report=Report.of(updated.stats))
 
-    with patch.object(Ranks, "on_gpu", True), patch.object(Accumulator, "_commit", with_report):
+    with patch.object(Ranks, "on_gpu", True), patch.object(Mixture, "_commit", with_report):
         wrapper = estimator(cross_rank="reduce")
         steps = [attempt(wrapper, *shares(step)[here.rank]) for step in range(2)]
         if what == "loaded" and here.rank == 1:
@@ -180,7 +181,7 @@ def scarce(here: Here, exchange: str, when: str) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         if here.rank == 1:
             name = "receive" if when == "before" else "advance" if exchange == "gather" else "_with_scatter"
-            stack.enter_context(patch.object(shares_of_core if name == "_with_scatter" else accumulator, name, fail))
+            stack.enter_context(patch.object(shares_of_core if name == "_with_scatter" else update_wing, name, fail))
         steps.append(attempt(wrapper, *shares(1)[here.rank]))
     return [*steps, attempt(wrapper, *shares(2)[here.rank])]
 
@@ -236,6 +237,15 @@ def killed(here: Here) -> dict[str, Any]:
         kill_in_collective(2)  # the first is that of the entries
     begin = time.monotonic()
     return {**attempt(wrapper, *shares(1)[here.rank]), "seconds": time.monotonic() - begin}
+
+
+def out_of_step(here: Here, exchange: str) -> dict[str, Any]:
+    """Rank 1 is in a collective of its own that looks like an update's."""
+    if here.rank == 1:
+        zeros = torch.zeros(6, dtype=torch.int64)
+        dist.all_gather([zeros.clone() for _ in range(WORLD)], zeros)
+        return {}
+    return attempt(estimator(cross_rank=exchange), *shares(0)[here.rank])
 
 
 # Files and groups
@@ -354,6 +364,7 @@ for how in EXCHANGES:
         f"two faults, {how}": partial(two_faults, exchange=how),
         **{f"odd step {kind}, {how}": partial(odd_step, kind=kind, exchange=how) for kind in STEPS},
         **{f"scarce {when}, {how}": partial(scarce, exchange=how, when=when) for when in ("before", "after")},
+        f"out of step, {how}": partial(out_of_step, exchange=how),
         f"groups, {how}": partial(groups, exchange=how),
         f"outside, {how}": partial(outside, exchange=how),
         **{f"resumed on {world}, {how}": partial(resumed, exchange=how, world=world) for world in (1, 3)},

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixture_torch import MixtureStats, accumulator, activate, read_log, read_scores
+from mixture_torch import MixtureStats, activate, read_log, read_scores
+from mixture_torch.update import mixture as update_wing
+from mixture_torch.update.seeding import size_note
 from tests.wrapper.samples import all_bits, bits, estimator, mixture
 
 SHORTAGES: dict[str, Callable[[], Exception]] = {
@@ -29,7 +31,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             raise shortage()
 
         with monkeypatch.context() as patch:
-            patch.setattr(accumulator, "advance", fail)
+            patch.setattr(update_wing, "advance", fail)
             return wrapper.update(mixture(seed=seed)[0], step=step)
 
     return update
@@ -121,14 +123,14 @@ def test_state_that_is_too_large_for_any_memory_harms_nothing() -> None:
 
 @pytest.mark.parametrize(("K", "D", "said"), [(8, 5590, "1.0 GB"), (1000, 2048, "16.8 GB")])
 def test_large_state_says_its_size(K: int, D: int, said: str) -> None:
-    with pytest.warns(UserWarning, match=f"K = {K} components of D = {D} takes {said}"):
-        accumulator.announce(K, D)
+    (note,) = size_note(K, D)
+    assert f"K = {K} components of D = {D} takes {said}" in note
 
 
 def test_ordinary_state_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        accumulator.announce(8, 5589)
+        assert size_note(8, 5589) == []
         estimator().update(mixture()[0])
 
 

@@ -2,10 +2,11 @@
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NewType
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 from mixture_core import MixtureConfig, MixtureState, Moments
 from mixture_core.grouped import complete_, pack, unpack_
@@ -14,35 +15,59 @@ VERSION = 3
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
 
 
-class Standing(NamedTuple):
-    """How far an estimator has come; all that a later run needs to go on."""
+LowerState = NewType("LowerState", MixtureState)  # only the lower triangles of its covariances are defined
 
-    state: MixtureState | None = None  # None before the first update
-    waiting: Tensor | None = None  # (n, D) rows until there are enough to start from, n < SEEDING_ROWS K; None where so
-    n_steps: int = 0  # since the start; relocation counts windows by it
+
+class Progress(NamedTuple):
+    """How far an estimator has come: all that a later run needs to go on."""
+
+    state: LowerState | None = None  # None before the first update
+    waiting: Tensor | None = None  # (n, D) rows so far, n < SEEDING_ROWS K; None once there were enough to seed means
+    n_steps: int = 0  # with a usable row since means were seeded; relocation counts windows by it
 
     @property
     def D(self) -> int | None:
         """Width of the embeddings, None before the first update."""
         return None if self.state is None else self.state.moments.mean.shape[1]
 
+    @property
+    def digest(self) -> int:
+        """A number that is the same on two ranks if their weights and means are the same."""
+        m = None if self.state is None else self.state.moments
+        parts = () if self.state is None or m is None else (m.weight, m.mean, self.state.residual)
+        return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
 
-def to_state_dict(config: MixtureConfig, standing: Standing, *, dim: int | None) -> dict[str, Tensor | int | str]:
-    """Returns copies, so that nothing that happens to either side reaches the other.
 
-    Keys, types and, for a given D, shapes are always the same: those that load in place can.
+def completed(state: LowerState) -> MixtureState:
+    """Returns a copy of a state whose covariances are symmetric to the bit."""
+    copied: MixtureState = tree_map(torch.clone, state)
+    complete_(copied.moments.covariance)
+    return copied
+
+
+def to_device(state: LowerState, device: torch.device) -> LowerState:
+    """Returns the state on a device."""
+    if state.moments.weight.device == device:
+        return state
+    return LowerState(tree_map(lambda tensor: tensor.to(device), state))
+
+
+def to_state_dict(config: MixtureConfig, progress: Progress, *, dim: int | None) -> dict[str, Tensor | int | str]:
+    """Returns the progress as tensors, ints and strings, all copied.
+
+    Keys, types and, for a given D, shapes are always the same, as libraries that load in place need them.
 
     Args:
         config: The choices.
-        standing: What to keep.
-        dim: D, where nothing has told it yet; None is 0 then.
+        progress: What to keep.
+        dim: D, used before the first update; None is 0.
     """
-    K, (state, waiting, n_steps) = config.K, standing
+    K, (state, waiting, n_steps) = config.K, progress
     if state is None:
         D = dim or 0
         weight = torch.zeros(K, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
         empty = Moments(weight=weight, mean=weight.new_zeros(K, D), covariance=weight.new_zeros(K, D, D))
-        state = MixtureState(config=config, moments=empty)
+        state = LowerState(MixtureState(config=config, moments=empty))
     moments = state.moments
     D = moments.mean.shape[1]
     rows = moments.mean.new_zeros(SEEDING_ROWS * K, D)
@@ -60,8 +85,8 @@ def to_state_dict(config: MixtureConfig, standing: Standing, *, dim: int | None)
         "residual": state.residual.clone(),
         "covariance": pack(moments.covariance),
         "n_steps": n_steps,
-        "updated": int(standing.state is not None),
-        "started": int(standing.state is not None and waiting is None),
+        "updated": int(progress.state is not None),
+        "started": int(progress.state is not None and waiting is None),
         "n_waiting": n_waiting,
         "waiting": rows,
     }
@@ -71,8 +96,8 @@ def to_state_dict(config: MixtureConfig, standing: Standing, *, dim: int | None)
 def checksum(values: Mapping[str, Any]) -> int:
     """Returns the CRC-32 of all values but the checksum itself, in the order of their keys.
 
-    It tells parts of one mixture from those of others, as in a checkpoint that several ranks have written, each with a
-    mixture of its own, to the same place.
+    It detects checkpoints that mix the parts of several mixtures, for example because several ranks, each with a
+    mixture of its own, wrote to the same place.
     """
     crc = 0
     for key in sorted(set(values) - {"checksum"}):
@@ -83,21 +108,22 @@ def checksum(values: Mapping[str, Any]) -> int:
     return crc
 
 
-def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: int | None) -> Standing:
-    """Returns what `to_state_dict` was given, as copies.
+def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: int | None) -> Progress:
+    """Returns what `to_state_dict` was given, copied.
 
     Args:
         config: The choices.
-        state_dict: To go on from.
+        state_dict: From `to_state_dict`.
         D: The width to insist on, None for any.
 
     Raises:
-        TypeError: It is no mapping.
-        ValueError: Keys are missing or unknown, the version is unknown, or K, D, mode, assigner or a shape differ.
+        TypeError: It is not a mapping.
+        ValueError: Keys are missing or unknown, the version is unknown, K, D, mode, assigner or a shape differ, or a
+            value is damaged.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
-    wanted = to_state_dict(config, Standing(), dim=None)
+    wanted = to_state_dict(config, Progress(), dim=None)
     old = type(version := state_dict.get("version")) is int and version == 2
     if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
         keys = ", ".join(map(str, state_dict))
@@ -118,21 +144,31 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
         expected = _checksum_2(weight, mean, covariance)
     else:
         packed = _tensor(state_dict, "covariance", K, came * (came + 1) // 2)
-        covariance = complete_(unpack_(packed, packed.new_zeros(K, came, came)))
+        covariance = unpack_(packed, packed.new_zeros(K, came, came))
         residual, n_steps = _tensor(state_dict, "residual", K, came), _count(state_dict, "n_steps", at_most=None)
         expected = checksum(state_dict)
     if _count(state_dict, "checksum", at_most=None) != expected:
         raise ValueError(
             "The state_dict must hold the values of one mixture, got parts that do not belong together; if each rank "
-            "has a mixture of its own, save each under a key of its own."
+            "has a mixture of its own, save each under its own key."
+        )
+    tensors = {"weight": weight, "mean": mean, "residual": residual, "covariance": covariance, "waiting": waiting}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"The state_dict must have finite numbers as {key}, got NaN or infinity; load another one."
+            )
+    if weight.min() < 0:
+        raise ValueError(
+            f"The state_dict must have weights of at least 0, got {float(weight.min()):g}; load another one."
         )
     if not updated:
-        return Standing()
+        return Progress()
     if not came:
         raise ValueError("The state_dict must have D at least 1 after an update, got 0.")
     moments = Moments(weight=weight, mean=mean, covariance=covariance)
-    state = MixtureState(config=config, moments=moments, residual=residual)
-    return Standing(state, None if started else waiting[:n_waiting].clone(), n_steps)
+    state = LowerState(MixtureState(config=config, moments=moments, residual=residual))
+    return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps)
 
 
 def _checksum_2(weight: Tensor, mean: Tensor, covariance: Tensor) -> int:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import FLOAT32
-from tests.wrapper.matrix import COMBINATIONS, EXCHANGES, SCENARIOS, alone, name, sizes
-from tests.wrapper.ranks import WORLDS, Results
+from tests.update.matrix import COMBINATIONS, EXCHANGES, SCENARIOS, alone, name, sizes
+from tests.update.ranks import WORLDS, Results
 from tests.wrapper.samples import assert_close, bits
 
 KEYS = ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B", "n_ignored", "n_relocated")
-ENTRIES = 5  # numbers that every rank tells all others before an update
+ENTRIES = 6  # numbers that every rank tells all others before an update
 
 Found = list[dict[tuple[int, str], list[dict[str, Any]]]]  # of each rank, by combination and exchange, call by call
 

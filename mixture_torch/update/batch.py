@@ -10,48 +10,50 @@ from torch import Tensor
 
 from mixture_core.inputs import as_embeddings, as_labels
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.distributed import Entry, Ranks, local_rows, text_of
+from mixture_torch.update.ranks import HEADER, Entries, Entry, Ranks, local_rows, text_of
 
 IGNORED_LABELS = (-1, -100)
-FINE = -1  # the value of a doubt that nothing has come of
+FINE = -1  # value of a doubt that turned out to be unfounded
 
 
 class Doubt(NamedTuple):
-    """Something that may be wrong with a batch on a GPU, for which nobody has waited."""
+    """Something that may be wrong with a batch on a GPU, and that the host has not waited to see."""
 
-    value: Tensor  # () int64, FINE if nothing is
-    refuse: Callable[[int, str], None]  # raises, given the value, and when that was if it is a while ago
+    value: Tensor  # () int64, FINE if nothing is wrong
+    refuse: Callable[[int, str], None]  # raises, given the value and the step (" at step 3", or "" if it is this one)
 
 
 class Batch(NamedTuple):
-    """What an update starts from."""
+    """The rows that an update works on."""
 
-    x: Tensor  # (N, D) float32 embeddings to work on
-    labels: Tensor | None  # (N,) int64, where responsibilities come from labels
-    n_rows: int | Tensor  # of all ranks whose rows count
-    everyone: Tensor  # the rows of all these ranks, if there has to be a start from them
+    x: Tensor  # (N, D) float32 embeddings
+    labels: Tensor | None  # (N,) int64 if responsibilities come from labels
+    n_rows: int | Tensor  # rows of all ranks that count
+    everyone: Tensor  # (M, D) the rows of all ranks if means have to be seeded from them, otherwise x
     doubts: tuple[Doubt, ...] = ()
 
 
 def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: int | None) -> Batch:
-    """Returns this rank's batch: float32 embeddings, and labels where responsibilities come from them.
+    """Returns this rank's batch: float32 embeddings, and labels if responsibilities come from them.
 
-    Wrong labels on a GPU are not waited for: they turn into labels to ignore, all of them, so that the step changes
-    nothing, and a doubt is left.
+    The host does not wait to see labels on a GPU. If one is wrong, all labels of the batch become -1, so that the step
+    changes nothing, and the batch carries a doubt.
 
     Args:
         config: The choices.
         embeddings: (N, D) of any real type, tensor or NumPy array.
-        labels: (N,) integers; only looked at where responsibilities come from them.
+        labels: (N,) integers; ignored unless responsibilities come from them.
         D: The width to insist on, None before the first batch.
 
     Raises:
-        TypeError: An argument is of the wrong type.
+        TypeError: An argument is of the wrong type, or has no values.
         ValueError: A shape or a label is wrong.
     """
+    _refuse_without_values("embeddings", embeddings)
     x = as_plain_embeddings(embeddings, D=D)
     if not config.uses_labels:
-        return Batch(x, None, len(x), x)
+        return Batch(x, None, x.shape[0], x)
+    _refuse_without_values("labels", labels)
     labels, wrong = _receive_labels(labels, x, config.K)
     doubt = Doubt(wrong, partial(_refuse_label, config.K))
     if x.is_cuda:
@@ -63,22 +65,23 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
 def exchange(
     config: MixtureRuntimeConfig, own: Callable[[], Batch], *, ranks: Ranks, digest: int, like: Tensor | None
 ) -> Batch:
-    """Returns the batch of all ranks, in rank order; where they reduce, this rank's share of it.
+    """Returns the batch of all ranks in rank order; with `cross_rank: reduce`, this rank's share of it.
 
-    All ranks take part whatever becomes of their own batch, and where one of them cannot use its own, all raise its
-    error. Ranks that reduce on GPUs do not wait for one another: they go on, to a step that then changes nothing on any
-    of them, and a doubt is left.
+    Every rank takes part, whether its own batch is usable or not, and if one is not, all raise the same error. Ranks
+    that reduce on GPUs do not wait for one another: if a batch is not usable, they go on to a step that changes nothing
+    on any rank, and the batch carries a doubt.
 
     Args:
         config: The choices.
         own: Returns this rank's batch, or raises.
         ranks: The ranks.
-        digest: Of what has to be the same on all of them.
-        like: (K, D) means of the state, on this rank's device; None as long as there has to be a start.
+        digest: Of what must be the same on all of them.
+        like: (K, D) means of the state, on this rank's device; None if means have to be seeded.
 
     Raises:
         Exception: As `own` does, here or on another rank.
         ValueError: Ranks differ in D, options or state.
+        RuntimeError: A rank is not in `update`.
     """
     reduces = config.cross_rank == "reduce"
     waits = not reduces or like is None or not ranks.on_gpu or config.strict
@@ -88,7 +91,7 @@ def exchange(
         if waits:
             for doubt in batch.doubts:
                 settle(doubt)
-    except Exception as error:  # whatever it is, the others are waiting
+    except Exception as error:  # any: the other ranks are waiting
         fault = MemoryError(text_of(error)) if is_out_of_memory(error) else error
         nothing = torch.zeros(0, 1) if like is None else like[:0]
         batch = Batch(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), 0, nothing)
@@ -98,11 +101,12 @@ def exchange(
         return _unseen(batch, entries, fault)
     try:
         sizes = ranks.settle(entries, fault)
-    except Exception as error:  # whatever a rank has entered with: who does not wait is adding up already
-        going_on = entries[entries[:, 4] == 0]
-        if not len(going_on):
+    except Exception as error:
+        # Ranks that did not wait are already in the all-reduce: take part.
+        others = entries.D[(entries.waits == 0) & (entries.header == HEADER)]
+        if not len(others):
             raise
-        nothing = batch.x.new_zeros(0, int(going_on[0, 2]))
+        nothing = batch.x.new_zeros(0, int(others[0]))
         return _unseen(Batch(nothing, None if batch.labels is None else batch.labels[:0], 0, nothing), entries, error)
     with together():
         if reduces:
@@ -112,27 +116,50 @@ def exchange(
         return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
 
 
-def _unseen(batch: Batch, entries: Tensor, fault: Exception | None) -> Batch:
-    """The share of a batch that may be none, where nobody has looked at what the ranks have entered."""
-    wrong = (entries[:, 0] > 0) | (entries[:, 3] != entries[0, 3])
+def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
+    """Returns the batch although the host has not seen all entries: if one is wrong, no row of any rank counts."""
+    wrong = (entries.header != HEADER) | (entries.has_fault > 0) | (entries.digest != entries.digest[0])
     odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
-    x = torch.where(wrong.any(), torch.nan, batch.x)  # nobody's rows count
+    x = torch.where(wrong.any(), torch.nan, batch.x)
     own = batch.doubts if fault is None else (Doubt(odd, partial(_raise, fault)),)
-    return Batch(x, batch.labels, entries[:, 1].sum(), x, (*own, Doubt(odd, _refuse_rank)))
+    return Batch(x, batch.labels, entries.N.sum(), x, (*own, Doubt(odd, _refuse_rank)))
 
 
 def settle(doubt: Doubt, *, at: str = "") -> None:
-    """Raises where something has come of a doubt, whose value is there.
+    """Raises if a doubt was founded; its value must have arrived.
 
     Args:
         doubt: It.
-        at: When that was, if it is a while ago.
+        at: The step it is about, if that is not the present one.
 
     Raises:
-        Exception: Whatever it was about.
+        Exception: The error that it is about.
     """
     if (value := int(doubt.value)) != FINE:
         doubt.refuse(value, at and f" at {at}")
+
+
+def ignored(count: int, N: int) -> str:
+    """Returns a phrase that counts ignored rows."""
+    return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"
+
+
+def _refuse_without_values(name: str, value: Any) -> None:
+    """Refuses tensors of vmap and of fake tensor modes, which would put no numbers, or too many, into the state."""
+    if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        kind = "a batched one; call it outside of torch.func.vmap"
+    elif _is_fake(value):
+        kind = "a fake one; call it outside of FakeTensorMode"
+    else:
+        return
+    raise TypeError(f"`{name}` must be a tensor that holds the numbers of one batch in `update`, got {kind}.")
+
+
+def _is_fake(value: Any) -> bool:
+    # torch has no public way to ask for the modes; the class itself is slow to import
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+        return True
+    return type(value) is not Tensor and hasattr(value, "fake_mode")
 
 
 def _refuse_label(K: int, label: int, at: str) -> None:
@@ -141,8 +168,8 @@ def _refuse_label(K: int, label: int, at: str) -> None:
 
 def _refuse_rank(rank: int, at: str) -> None:
     raise ValueError(
-        f"`update` must get a usable batch, with the same options and updates behind it, on every rank, but rank "
-        f"{rank} had none{at}; see its error."
+        f"`update` must get a usable batch on every rank, with the same options and earlier updates, but rank {rank} "
+        f"had none{at}; see its error."
     )
 
 
@@ -157,7 +184,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Has a want of memory in its block raise as something else: ranks that exchange cannot be left by one of them.
+    """Turns a lack of memory in its block into a RuntimeError, since no rank can leave an exchange half way.
 
     Raises:
         RuntimeError: Memory ran out.
@@ -165,27 +192,34 @@ def together() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):  # who went on would take what the others still send for what comes next
+        if is_out_of_memory(
+            error
+        ):  # if this rank skipped the batch, it would take the others' next message for another
             raise RuntimeError("`update` ran out of memory in the middle of an exchange with other ranks.") from error
         raise
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
-    """Returns this rank's embeddings as (N, D) float32, without whatever a subclass of Tensor adds to them.
+    """Returns this rank's embeddings as an (N, D) float32 tensor, without what a subclass of Tensor adds to them.
 
     Args:
         embeddings: (N, D) of any real type, tensor or NumPy array.
         D: The width to insist on, if any.
 
     Raises:
-        TypeError: No tensor or array, or no real numbers.
+        TypeError: It is neither a tensor nor an array, or not of real numbers.
         ValueError: The shape is not (N, D).
     """
-    return as_embeddings(local_rows(embeddings), D=D).to(torch.float32).as_subclass(Tensor).resolve_neg()
+    if type(embeddings) is not Tensor:
+        embeddings = local_rows(embeddings)
+    x = as_embeddings(embeddings, D=D).to(torch.float32)
+    if type(x) is not Tensor:
+        x = x.as_subclass(Tensor)
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def _receive_labels(value: Any, x: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Labels, (N,) int64, and the first wrong one, (), or FINE; where there is a wrong one all labels are -1."""
+    """Labels, (N,) int64, all of them -1 if one is wrong; and the first wrong one or FINE, ()."""
     labels = as_labels(local_rows(value), N=len(x), device=x.device).as_subclass(Tensor)
     wrong = (labels >= K) | ((labels < 0) & (labels != IGNORED_LABELS[0]) & (labels != IGNORED_LABELS[1]))
     if not len(labels):

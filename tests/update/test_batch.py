@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixture_torch import MixtureStats, NTXentLoss, activate
-from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture
+from mixture_torch import MixtureStats
+from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture, unchanged
 
 
 def plain() -> Tensor:
@@ -125,41 +126,6 @@ def test_stats_of_inference_mode_take_part_in_gradients() -> None:
     assert weight.grad is not None
 
 
-def test_update_inside_a_compiled_function_is_that_outside() -> None:
-    wrapper = estimator()
-
-    @torch.compile(backend="eager")
-    def forward(x: Tensor) -> Tensor:
-        z = x * 2
-        wrapper.update(z)
-        return z.sum()
-
-    expected = estimator()
-    for step in range(3):
-        x, _ = mixture(seed=step)
-        forward(x.requires_grad_()).backward()
-        expected.update(x * 2)
-    assert all_bits(wrapper) == all_bits(expected)
-
-
-def test_estimator_is_found_by_a_loss_that_was_compiled_without_it() -> None:
-    loss, (x, _) = torch.compile(NTXentLoss(), backend="eager"), mixture()
-    loss(x, x + 1)
-    wrapper = estimator()
-    with activate(wrapper):
-        loss(x, x + 1)
-    assert wrapper.stats["R"].shape == (120, 3)
-
-
-def test_loss_that_was_compiled_with_an_estimator_feeds_none_later() -> None:
-    loss, (x, _), wrapper = torch.compile(NTXentLoss(), backend="eager"), mixture(), estimator()
-    with activate(wrapper):
-        loss(x, x + 1)
-    before = all_bits(wrapper)
-    loss(x, x + 2)
-    assert all_bits(wrapper) == before
-
-
 def test_update_inside_a_functional_gradient_is_that_outside() -> None:
     wrapper, expected, (x, _) = estimator(), estimator(), mixture()
 
@@ -171,6 +137,63 @@ def test_update_inside_a_functional_gradient_is_that_outside() -> None:
     torch.func.grad(loss)(torch.ones(4))
     expected.update(x)
     assert all_bits(wrapper) == all_bits(expected)
+
+
+@pytest.mark.parametrize("assigner", ["kmeans_online", "label_supervised"])
+def test_update_under_vmap_is_refused(assigner: str) -> None:
+    wrapper, (x, labels) = estimator(assigner=assigner), mixture()
+    wrapper.update(x, labels)
+
+    def loss(weight: Tensor) -> Tensor:
+        wrapper.update(x * weight, labels)
+        return weight.sum()
+
+    with unchanged(wrapper), pytest.raises(TypeError, match=r"^`embeddings` must be .*got a batched one; call it outs"):
+        torch.func.vmap(loss)(torch.ones(3, 4))
+    with unchanged(wrapper), pytest.raises(TypeError, match=r"^`embeddings` must be .*got a batched one"):
+        torch.func.vmap(torch.func.grad(loss))(torch.ones(3, 4))
+    assert wrapper.update(x, labels)
+
+
+def test_update_with_labels_under_vmap_is_refused() -> None:
+    wrapper, (x, labels) = estimator(assigner="label_supervised"), mixture()
+    wrapper.update(x, labels)
+    with unchanged(wrapper), pytest.raises(TypeError, match=r"^`labels` must be .*got a batched one"):
+        torch.func.vmap(lambda labels: wrapper.update(x, labels).trace_B)(torch.stack([labels, labels]))
+
+
+def test_update_of_fake_tensors_is_refused() -> None:
+    wrapper, (x, _) = estimator(), mixture()
+    wrapper.update(x)
+    with FakeTensorMode():
+        fake = torch.ones(60, 4)
+        for value in (fake, x):
+            with pytest.raises(TypeError, match=r"^`embeddings` must be .*got a fake one; call it outside of Fake"):
+                wrapper.update(value)
+    with unchanged(wrapper), pytest.raises(TypeError, match="got a fake one"):
+        wrapper.update(fake)
+    assert bits(wrapper.update(x)) != {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((4,), "add a dimension with x[None]"),
+        ((6, 5, 4), "flatten (N, T, D) with x.flatten(0, 1) to take each position as a sample, or average positions"),
+        ((6, 4, 5, 5), "average the positions of (N, C, H, W) with x.mean((2, 3))."),
+    ],
+)
+def test_embeddings_of_other_dimensions_are_refused_with_advice(shape: tuple[int, ...], advice: str) -> None:
+    with pytest.raises(ValueError, match=r"^`embeddings` must have shape \(N, D >= 1\), got ") as error:
+        estimator().update(torch.zeros(shape))
+    assert advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_in_a_list_are_refused_with_advice() -> None:
+    x, labels = mixture()
+    with pytest.raises(TypeError, match=r"NumPy array, got list; convert it with torch.as_tensor\(labels\)\.$"):
+        estimator(assigner="label_supervised").update(x, labels.tolist())  # type: ignore[arg-type]
 
 
 class Subclass(torch.Tensor):
@@ -191,11 +214,6 @@ def test_scores_of_a_tensor_subclass_are_stored(tmp_path: Path) -> None:
     wrapper.log_step(step=0, epoch=0)
     wrapper.flush()
     assert torch.load(tmp_path / "mixture_scores.pt")[0]["responsibilities"].tolist() == R.tolist()
-
-
-def test_state_is_on_the_device_of_the_embeddings() -> None:
-    wrapper = estimator()
-    assert {value.device for value in wrapper.update(mixture()[0]).values()} == {torch.device("cpu")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

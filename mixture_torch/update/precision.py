@@ -1,4 +1,4 @@
-"""Full float32, and leave to wait for a GPU, whatever training has set up around the estimator."""
+"""Full float32 and permission to wait for a GPU, whatever settings training has made."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,16 +12,16 @@ MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.ma
 
 @contextmanager
 def full_float32(beside: object) -> Iterator[None]:
-    """Runs its block without gradients, inference mode, autocast or reduced matrix products; puts all back after it.
+    """Turns off gradients, inference mode, autocast and reduced matrix products in its block, and restores them.
 
-    Casting to float32 would not be enough: inside autocast a product of float32 matrices is bfloat16 again. Per backend
-    rather than through `torch.set_float32_matmul_precision`, whose getter raises where a backend was set on its own.
+    Casting to float32 would not be enough: inside autocast a product of float32 matrices is bfloat16 again. The
+    precision is set per backend, since `torch.get_float32_matmul_precision` raises if a backend was set alone.
 
-    All is set by plain functions and put back by nested `finally`: an interrupt may come right behind any of them, and
-    torch's own context managers then leave gradients or autocast off for the rest of the training.
+    Plain functions set everything, and nested `finally` blocks restore it: if an interrupt came between two settings,
+    torch's own context managers could leave gradients or autocast off for the rest of the training.
 
     Args:
-        beside: What is computed with; on the device of a tensor, and on the CPU for anything else.
+        beside: A tensor on the device to compute on; anything else is the CPU.
     """
     device_type = _device_type(beside)
     reduced = [(matmul, matmul.fp32_precision) for matmul in MATMULS if matmul.fp32_precision not in ("ieee", "none")]
@@ -43,21 +43,37 @@ def full_float32(beside: object) -> Iterator[None]:
                     torch.set_autocast_enabled(device_type, True)
             finally:
                 for matmul, precision in reduced:
-                    matmul.fp32_precision = "none"  # as it was if it follows the setting of all backends
+                    matmul.fp32_precision = "none"  # restores a backend that follows the setting for all
                     if matmul.fp32_precision != precision:
                         matmul.fp32_precision = precision
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leaves the transforms of torch.func in its block, since nothing in an update has a derivative."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # not public
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def unwrapped(value: Any) -> Any:
+    """Returns the tensor inside the wrappers of torch.func.grad and jvp, and anything else unchanged."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_gradtrackingtensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def _device_type(beside: object) -> str:
     try:
         return beside.device.type if isinstance(beside, Tensor) and not beside.is_meta else "cpu"
-    except Exception:  # of a subclass, which will be refused where others can be told
+    except Exception:  # of a subclass, which is refused later, when other ranks can be told
         return "cpu"
 
 
 @contextmanager
 def may_wait() -> Iterator[None]:
-    """Runs its block without torch's debug mode that warns of or refuses waiting for a GPU."""
+    """Lets its block wait for a GPU even if torch's sync debug mode forbids it."""
     mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]  # torch's
     if mode:
         torch.cuda.set_sync_debug_mode(0)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_core import MixtureConfig
 from mixture_torch import MixtureStats
 from tests.tolerances import relative_error
 from tests.wrapper.samples import bits, estimator, mixture
@@ -137,19 +136,9 @@ def test_labels_need_no_seeding_and_no_waiting() -> None:
     assert not stats["mu"][2:].any()
 
 
-def test_seed_chooses_the_first_centroids() -> None:
-    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    found = {str(bits(estimator(K=8, seed=seed).update(x))["mu"]) for seed in range(5)}
-    assert len(found) > 1
-
-
 def test_seeding_does_not_depend_on_the_steps_before_it() -> None:
     x, _ = mixture(200, K=8, D=16, apart=1.0)
     after_bad_rows, at_once = estimator(K=8), estimator(K=8)
     with pytest.warns(UserWarning, match="ignored"):
         after_bad_rows.update(x * float("nan"))
     assert bits(after_bad_rows.update(x)) == bits(at_once.update(x))
-
-
-def test_default_seed_is_that_of_the_core() -> None:
-    assert MixtureStats(K=MixtureConfig().K).config.seed == 0

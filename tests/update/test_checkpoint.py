@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mixture_torch import MixtureStats
+from mixture_torch.update.checkpoint import checksum
 from tests.wrapper.samples import all_bits, bits, estimator, mixture, unchanged
 
 KINDS = {
@@ -253,6 +254,27 @@ def test_deep_copy_has_the_mixture_and_no_files(options: dict[str, Any], updates
     assert all_bits(run(copied, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
     copied.log_step(step=0, epoch=0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("weight", float("nan"), "finite numbers as weight, got NaN or infinity"),
+        ("weight", -1.0, "weights of at least 0, got -1;"),
+        ("mean", float("inf"), "finite numbers as mean"),
+        ("covariance", float("nan"), "finite numbers as covariance"),
+        ("residual", float("nan"), "finite numbers as residual"),
+        ("waiting", float("nan"), "finite numbers as waiting"),
+    ],
+)
+def test_checkpoint_with_damaged_values_is_refused(key: str, value: float, text: str) -> None:
+    wrapper, state_dict = run(estimator(), range(1)), run(estimator(), range(2)).state_dict()
+    damaged = state_dict[key]
+    assert isinstance(damaged, Tensor)
+    damaged.view(-1)[1] = value
+    state_dict["checksum"] = checksum(state_dict)
+    with unchanged(wrapper), pytest.raises(ValueError, match=f"^The state_dict must have {text}"):
+        wrapper.load_state_dict(state_dict)
 
 
 def test_checkpoint_of_parts_that_do_not_belong_together_is_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.wrapper.ranks import WORLDS, Case, Here
+from tests.update.ranks import WORLDS, Case, Here
 from tests.wrapper.samples import estimator, mixture, update_quietly
 
 EXCHANGES = ("gather", "reduce")

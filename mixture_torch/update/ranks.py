@@ -1,4 +1,4 @@
-"""Everything that knows of other ranks: which one is the main, and all that goes between them."""
+"""Other ranks: which one writes files, and every collective."""
 
 import os
 import zlib
@@ -10,25 +10,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MESSAGE = 1000  # bytes of an error that other ranks are told
+HEADER = 0x6D697874757265  # begins each entry; anything else comes from another collective
+MESSAGE = 1000  # bytes of an error message that other ranks are sent
 ERRORS = (ValueError, TypeError, MemoryError, OSError, Exception)
 
 
 class Entry(NamedTuple):
-    """What every rank tells all others before an update, whatever became of its batch."""
+    """What each rank sends to all others before an update, whether its batch is usable or not."""
 
     N: int
     D: int
-    digest: int  # of what has to be the same on all ranks
-    waits: bool  # for the others' entries
+    digest: int  # of what must be the same on all ranks
+    waits: bool  # whether this rank waits for the entries of the others
     fault: Exception | None = None
+
+
+class Entries(NamedTuple):
+    """The entries of all ranks, each column (W,) int64."""
+
+    header: Tensor
+    has_fault: Tensor
+    N: Tensor
+    D: Tensor
+    digest: Tensor
+    waits: Tensor
 
 
 class Ranks:
     """The ranks of a process group, which all make the same calls in the same order.
 
     Args:
-        group: None is the default one.
+        group: None is the default group.
 
     Raises:
         ValueError: This process is not in the group.
@@ -38,63 +50,69 @@ class Ranks:
         self._group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
         if self.rank < 0:
-            raise ValueError("`process_group` must hold this process where `cross_rank` is on, got one without it.")
+            raise ValueError("`process_group` must hold this process if `cross_rank` is on, got one without it.")
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the group's collectives want their tensors."""
+        """Device that the tensors of the group's collectives must be on."""
         if "nccl" in dist.get_backend(self._group):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the ranks exchange what is on GPUs, without a host's waiting."""
+        """Whether collectives run on the GPU, so that the host need not wait for them."""
         return self.device.type != "cpu"
 
-    def enter(self, entry: Entry, doubts: list[Tensor]) -> Tensor:
-        """Returns the entries of all ranks, as `settle` reads them, (W, 5) int64; on a GPU nobody waits for them.
+    def enter(self, entry: Entry, doubts: list[Tensor]) -> Entries:
+        """Returns the entries of all ranks; the host does not wait for a GPU.
 
         Args:
             entry: This rank's.
-            doubts: Each () int64, not negative where there is a fault that nobody has seen yet.
+            doubts: () int64 each, at least 0 if there is a fault that the host has not seen yet.
         """
-        values = [entry.fault is not None, entry.N, entry.D, entry.digest, entry.waits]
+        values = [HEADER, entry.fault is not None, entry.N, entry.D, entry.digest, entry.waits]
         own = torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
         for doubt in doubts:
-            own[0] += doubt >= 0
-        return torch.stack(self._gather(own))
+            own[1] += doubt >= 0
+        return Entries(*torch.stack(self._gather(own)).unbind(dim=1))
 
-    def settle(self, entries: Tensor, fault: Exception | None) -> list[int]:
-        """Returns the sizes of all ranks' batches, where each is fit for an exchange; waits for a GPU.
+    def settle(self, entries: Entries, fault: Exception | None) -> list[int]:
+        """Returns the size of each rank's batch if all ranks can go on to exchange them; waits for a GPU.
 
         Args:
             entries: From `enter`.
             fault: This rank's.
 
         Raises:
-            Exception: A rank has entered with a fault, which is raised on every rank.
+            Exception: A rank has a fault, which is raised on every rank.
             ValueError: Ranks differ in D, in options or in state; on every rank.
+            RuntimeError: A rank is not in `update`, but in another collective.
         """
-        faults, sizes, widths, digests, _ = zip(*entries.tolist(), strict=True)
+        headers, faults, sizes, widths, digests, _ = (column.tolist() for column in entries)
+        if (rank := next((rank for rank, header in enumerate(headers) if header != HEADER), None)) is not None:
+            raise RuntimeError(
+                f"Ranks are out of step: rank {rank} is in another collective than `update`; call `update` equally "
+                "often on every rank."
+            )
         if any(faults):
-            raise self._error_of(faults.index(1), fault) from fault
+            raise self._error_of(next(rank for rank, count in enumerate(faults) if count), fault) from fault
         if (rank := _odd(widths)) is not None:
             most, D = _usual(widths), widths[rank]
             raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
         if (rank := _odd(digests)) is not None:
             raise ValueError(
-                "`update` must be called on every rank with the same `step`, on an estimator of the same options that "
-                f"has as many updates and the same state_dict behind it, got another of these on rank {rank}."
+                "`update` must be called on every rank with the same `step`, options, state_dict and number of earlier "
+                f"updates, but one of these differs on rank {rank}."
             )
-        return list(sizes)
+        return sizes
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """Returns the rows of all ranks, in the order of ranks.
 
         Args:
             rows: (N, ...) this rank's; N may differ between ranks and be 0.
-            sizes: N of every rank.
+            sizes: N of each rank.
         """
         if not any(sizes):
             return rows
@@ -109,13 +127,13 @@ class Ranks:
         return of_all
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Returns the sum of a tensor over all ranks, the same to the bit on each."""
+        """Returns the sum of a tensor over all ranks, identical on each."""
         whole = tensor.to(self.device, copy=True).contiguous()
         dist.all_reduce(whole, group=self._group)
         return whole.to(tensor.device)
 
     def _error_of(self, odd: int, fault: Exception | None) -> Exception:
-        """The error of one rank, for all to raise: which of ERRORS it is, and its text, go around in bytes."""
+        """The error of one rank, to be raised on all: its place in ERRORS and its message are sent as bytes."""
         kind = next(n for n, error in enumerate(ERRORS) if fault is None or isinstance(fault, error))
         own = bytes([kind]) + text_of(fault).encode(errors="replace")[:MESSAGE]
         padded = torch.tensor(list(own.ljust(1 + MESSAGE, b"\0")), dtype=torch.uint8)
@@ -125,29 +143,46 @@ class Ranks:
 
 
 def is_main_rank(group: Any = None) -> bool:
-    """Returns whether this process is rank 0: of the process group, or by the variable RANK before there is one."""
+    """Returns whether this process is rank 0: of the process group, or by the variable RANK before there is a group.
+
+    Raises:
+        ValueError: RANK is not an integer.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group) == 0
-    return int(os.environ.get("RANK") or 0) == 0
+    rank = os.environ.get("RANK") or "0"
+    try:
+        return int(rank) == 0
+    except ValueError:
+        raise ValueError(
+            f"The environment variable RANK must be an integer, got {rank!r}; correct it, or give `is_main`."
+        ) from None
 
 
-def other_ranks(group: Any = None) -> Ranks | None:
-    """Returns the ranks to exchange with; None where there are none.
+def other_ranks(group: Any = None, *, was_together: bool) -> Ranks | None:
+    """Returns the ranks to exchange with; None if this process is alone.
 
     Args:
         group: The process group, None for the default one.
+        was_together: Whether this process has exchanged with other ranks before.
 
     Raises:
         ValueError: This process is not in the group.
+        RuntimeError: The group of earlier exchanges is gone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    ranks = Ranks(group)
-    return ranks if ranks.world > 1 else None
+    if dist.is_available() and dist.is_initialized():
+        ranks = Ranks(group)
+        return ranks if ranks.world > 1 else None
+    if was_together:
+        raise RuntimeError(
+            "The process group of earlier updates has been destroyed, but `cross_rank` is on; to go on alone, load the "
+            "state_dict into an estimator without it."
+        )
+    return None
 
 
 def text_of(error: object) -> str:
-    """Returns what an error says, in one line; its class where it cannot say it."""
+    """Returns an error's message in one line, or the name of its class if it has no readable message."""
     try:
         return " ".join(str(error).split())
     except Exception:
@@ -155,17 +190,17 @@ def text_of(error: object) -> str:
 
 
 def digest(*values: object) -> int:
-    """Returns a number that is the same on two ranks where these values are."""
+    """Returns a number that is the same on two ranks if these values are the same."""
     return zlib.crc32(repr(values).encode())
 
 
-def _usual(values: tuple[int, ...]) -> int:
-    """What most ranks have."""
+def _usual(values: list[int]) -> int:
+    """The value that most ranks have."""
     return Counter(values).most_common(1)[0][0]
 
 
-def _odd(values: tuple[int, ...]) -> int | None:
-    """The first rank that has another value than most, None where all have the same."""
+def _odd(values: list[int]) -> int | None:
+    """The first rank with another value than most, None if all have the same."""
     return next((rank for rank, value in enumerate(values) if value != _usual(values)), None)
 
 
@@ -173,7 +208,7 @@ def local_rows(x: object) -> object:
     """Returns this rank's rows of a DTensor as a plain tensor, and anything else unchanged.
 
     Raises:
-        ValueError: This rank holds no whole rows.
+        ValueError: This rank does not hold whole rows.
     """
     if not hasattr(x, "to_local"):
         return x

@@ -1,29 +1,29 @@
-"""Steps as CUDA graphs: one launch in the place of some twenty, which take the host longer than the GPU."""
+"""Steps as CUDA graphs: one launch instead of about twenty, which take the host longer than the GPU."""
 
-import warnings
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import attrs
 import torch
 from torch import Tensor
 
-from mixture_core import MixtureConfig, MixtureState, Moments, StepStats
+from mixture_core import MixtureConfig, MixtureState, Moments
 from mixture_core.grouped import Workspace
 from mixture_core.step import advance
-from mixture_torch.precision import full_float32
 from mixture_torch.update.arrivals import Report, numbers_of
+from mixture_torch.update.checkpoint import LowerState
+from mixture_torch.update.precision import full_float32
+from mixture_torch.update.stats import Source
 
 MOST = 16  # graphs at a time: two for each size of batch
 
 
 class Step(NamedTuple):
-    """What came of a step."""
+    """The outcome of a replayed step."""
 
-    state: MixtureState
-    stats: StepStats  # with results that come `Later`
+    state: LowerState
+    results: Source
     report: Report
 
 
@@ -31,35 +31,28 @@ class _Results:
     """The results of one replay, in the graph's memory until they are read or the graph is to run again.
 
     Args:
-        memory: float32: the count of ignored rows as the halves of an int64, weight, mean, R.
+        memory: float32: the number of ignored rows as the halves of an int64, weight, mean, R.
+        covariance: (K, D, D) of the state after the step, which is copied elsewhere.
         N: Rows of the batch.
-        K: Number of components.
     """
 
-    def __init__(self, memory: Tensor, *, N: int, K: int) -> None:
-        self._memory, self._N, self._K = memory, N, K
+    def __init__(self, memory: Tensor, covariance: Tensor, *, N: int) -> None:
+        self._memory, self._covariance, self._N = memory, covariance, N
         self._parts: dict[str, Tensor] | None = None
 
+    def __getitem__(self, name: str) -> Tensor:
+        """Returns a result, copied from the graph's memory."""
+        return self._covariance if name == "covariance" else self.read()[name]
+
     def read(self) -> dict[str, Tensor]:
-        """Returns a copy, by name."""
+        """Returns all results but the covariance, copied at the first call."""
         if self._parts is None:
             with full_float32(self._memory):
-                N, K = self._N, self._K
-                rest = len(self._memory) - 2 - K - N * K
-                count, weight, mean, R = self._memory.clone().split_with_sizes([2, K, rest, N * K])
-            self._parts = {"weight": weight, "mean": mean.view(K, -1), "R": R.view(N, K)}
+                N, (K, D, _) = self._N, self._covariance.shape
+                count, weight, mean, R = self._memory.clone().split_with_sizes([2, K, K * D, N * K])
+            self._parts = {"weight": weight, "mean": mean.view(K, D), "R": R.view(N, K)}
             self._parts["n_ignored"] = count.view(torch.int64)[0]
         return self._parts
-
-
-class _Part(NamedTuple):
-    """One of the results."""
-
-    results: _Results
-    name: str
-
-    def read(self) -> Tensor:
-        return self.results.read()[self.name]
 
 
 @attrs.define(eq=False)
@@ -67,11 +60,11 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     x: Tensor  # (N, D) to copy the embeddings to
     labels: Tensor | None  # (N,) to copy the labels to
-    state: MixtureState  # after it, in memory that it writes to
+    state: LowerState  # after the step, in memory that the graph writes to
     results: Tensor  # as in _Results
     numbers: Tensor  # (6,) on the host, as in `numbers_of`
     arrived: torch.cuda.Event  # for the numbers
-    reader: Callable[[], _Results | None]  # who may yet read the results
+    reader: Callable[[], _Results | None]  # weak reference to the results of the last replay
 
 
 class Graphs:
@@ -79,25 +72,26 @@ class Graphs:
 
     Args:
         config: The choices.
+        say: Takes a warning for the user.
     """
 
-    def __init__(self, config: MixtureConfig) -> None:
-        self._config = config
+    def __init__(self, config: MixtureConfig, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
-        self._memories: dict[int, MixtureState] = {}  # by address of the covariance
+        self._memories: dict[int, LowerState] = {}  # by address of the covariance
         self._inputs: dict[int, tuple[Tensor, Tensor | None]] = {}  # by size of batch: embeddings and labels
-        self._pool: Any = None  # of memory, which all graphs share, since one runs at a time
-        self._warm: set[int] = set()  # sizes that have run without a graph, which compiles the kernels
+        self._pool: Any = None  # memory that all graphs share, since one runs at a time
+        self._warm: set[int] = set()  # sizes of batch that have run without a graph, which compiled the kernels
         self._failed = False
 
-    def step(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
-        """Returns what `advance` would, from one replay; None where a step without a graph has to come first.
+    def step(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
+        """Returns the outcome of `advance` by a graph; None if a step without a graph has to come first.
 
         Args:
             state: From the step before.
             x: (N, D) float32 embeddings on a GPU.
-            labels: (N,) int64, where responsibilities come from labels.
-            work: The other memory than the state's.
+            labels: (N,) int64 if responsibilities come from labels.
+            work: Memory other than the state's.
         """
         N = len(x)
         if N not in self._warm or N == 0 or self._failed or x.device.index != torch.cuda.current_device():
@@ -108,12 +102,12 @@ class Graphs:
                 self._capture(state, x, labels, work)
             except RuntimeError as error:
                 self._failed = True
-                warnings.warn(f"`compile` has no effect: the step could not be captured ({error}).", stacklevel=5)
+                self._say(f"`compile` has no effect: the step could not be captured ({error}).")
                 return None
         return self.replay(state, x, labels, work)
 
     def take(self, embeddings: Any) -> bool:
-        """Returns whether embeddings can go into a graph as they are."""
+        """Returns whether embeddings can be copied into a graph as they are."""
         if type(embeddings) not in (Tensor, torch.nn.Parameter) or embeddings.ndim != 2:
             return False
         known, _ = self._inputs.get(embeddings.shape[0], (None, None))
@@ -126,14 +120,14 @@ class Graphs:
             and not torch.is_inference_mode_enabled()  # in which what is made cannot be used outside
         )
 
-    def replay(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
-        """Returns what `advance` would; None where no graph has been captured.
+    def replay(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
+        """Returns the outcome of `advance`; None if no graph has been captured.
 
         Args:
             state: From the step before.
             x: (N, D) embeddings on a GPU, of any floating type.
-            labels: (N,) int64, where responsibilities come from labels.
-            work: The other memory than the state's.
+            labels: (N,) int64 if responsibilities come from labels.
+            work: Memory other than the state's.
         """
         N = x.shape[0]
         graph = self._graphs.get(self._key(state, N, work))
@@ -152,19 +146,19 @@ class Graphs:
         return self._step(graph, N)
 
     @staticmethod
-    def _key(state: MixtureState, N: int, work: Workspace) -> tuple[int, int, int]:
+    def _key(state: LowerState, N: int, work: Workspace) -> tuple[int, int, int]:
         return N, state.moments.covariance.data_ptr(), work.covariance.data_ptr()
 
-    def _memory(self, covariance: Tensor) -> MixtureState:
+    def _memory(self, covariance: Tensor) -> LowerState:
         """The state in fixed memory that a covariance belongs to."""
         address = covariance.data_ptr()
         if address not in self._memories:
             K, D, _ = covariance.shape
             moments = Moments(weight=covariance.new_empty(K), mean=covariance.new_empty(K, D), covariance=covariance)
-            self._memories[address] = MixtureState(config=self._config, moments=moments)
+            self._memories[address] = LowerState(MixtureState(config=self._config, moments=moments))
         return self._memories[address]
 
-    def _capture(self, state: MixtureState, x: Tensor, labels: Tensor | None, work: Workspace) -> None:
+    def _capture(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> None:
         if len(self._graphs) >= MOST:
             self._graphs, self._inputs, self._memories = {}, {}, {}
         before, after = self._memory(state.moments.covariance), self._memory(work.covariance)
@@ -174,7 +168,7 @@ class Graphs:
         x, labels = self._inputs[N]
         numbers = torch.empty(6, dtype=torch.float32, device="cpu", pin_memory=True)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # Other threads, such as those that pin memory for data loaders, go on meanwhile.
+        # thread_local: other threads, such as those that pin memory for data loaders, go on meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             new, stats = advance(before, x, labels, work=work)
             m = new.moments
@@ -186,12 +180,9 @@ class Graphs:
         self._graphs[key] = _Graph(graph, x, labels, after, results, numbers, arrived, lambda: None)
 
     def _step(self, graph: _Graph, N: int) -> Step:
-        results = _Results(graph.results, N=N, K=self._config.K)
+        results = _Results(graph.results, graph.state.moments.covariance, N=N)
         graph.reader = weakref.ref(results)
-        part: Any = partial(_Part, results)
-        moments = Moments(weight=part("weight"), mean=part("mean"), covariance=graph.state.moments.covariance)
-        stats = StepStats(moments=moments, R=part("R"), n_ignored=part("n_ignored"))
-        return Step(graph.state, stats, Report(graph.numbers, K=self._config.K, arrived=graph.arrived))
+        return Step(graph.state, results, Report(graph.numbers, K=self._config.K, arrived=graph.arrived))
 
 
 def _copy(source: MixtureState, target: MixtureState) -> None:

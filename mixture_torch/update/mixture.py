@@ -1,0 +1,260 @@
+"""The mixture that an estimator keeps from update to update, on one rank or on several."""
+
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mixture_core
+from mixture_core.relocate import move
+from mixture_core.shares import Total, advance_share
+from mixture_core.step import advance
+from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.update.arrivals import Report
+from mixture_torch.update.batch import Batch, exchange, ignored, is_out_of_memory, receive, together
+from mixture_torch.update.checkpoint import LowerState, Progress, to_device
+from mixture_torch.update.cuda_graphs import Graphs
+from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
+from mixture_torch.update.ranks import digest, other_ranks, text_of
+from mixture_torch.update.seeding import FirstWindow, seed, size_note
+from mixture_torch.update.stats import Memory, Rows, Source, StepStats
+
+
+class Updated(NamedTuple):
+    """The outcome of an update."""
+
+    stats: StepStats
+    report: Report | None  # what the host must know of it, if that is still on its way from a GPU
+    n_rows: int | Tensor  # of this call, on all ranks that count
+    n_ignored: int  # rows of this call; 0 if only the report knows
+
+
+class Part(Enum):
+    """What a call of `update` is to its training step."""
+
+    FIRST = auto()  # the step begins: earlier weights decay
+    FURTHER = auto()  # more rows of the same step: nothing decays in between
+
+
+class _Outcome(NamedTuple):
+    """A step that has been computed, before it becomes the estimator's."""
+
+    state: LowerState
+    results: Source
+    before: Tensor  # (K, D, D) memory that the next step may write to
+    is_idle: bool  # no row was usable
+    waiting: Tensor | None = None  # (n, D) rows to seed means from, if there are too few so far
+    n_relocated: Tensor | None = None  # () components moved before the step; None if no move was due
+    report: Report | None = None
+
+
+class Mixture:
+    """Takes batches in, and keeps the state, the memory that it lives in, and the training step that is under way.
+
+    Args:
+        config: The choices.
+        process_group: The ranks to exchange with if `cross_rank` is on; None is the default group.
+    """
+
+    def __init__(self, config: MixtureRuntimeConfig, process_group: Any) -> None:
+        self._config, self._core, self._group = config, config.core, process_group
+        self._relocation_window = config.window if config.relocates else 0
+        self._replays = config.compile and not (config.uses_labels or config.cross_rank or config.strict)
+        self._captures = config.compile and not config.strict and config.cross_rank != "reduce"
+        self._first_window = FirstWindow(config)
+        self.notes: list[str] = []  # warnings that the user has not been given yet
+        self.is_short = False  # memory has run out before, and the user is told once
+        self.restart(Progress())
+
+    def restart(self, progress: Progress) -> None:
+        """Goes on from a checkpoint, or from nothing."""
+        self.progress = progress
+        self.n_updates = 0  # since then
+        self._origin = progress.digest
+        self._memory, self._graphs = Memory(), Graphs(self._core, self.notes.append)
+        self._last: StepStats | None = None
+        self._token: object = None  # of the training step that is under way
+        self._early: list[Batch] = []  # its batches so far, while there are too few rows to seed means from
+        self._is_counted = False  # whether `n_steps` counts it already, since one of its rows was usable
+        self._was_together = False  # whether there has been an update with other ranks
+
+    def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None) -> Updated | None:
+        """Returns the outcome of one more batch; None if memory ran out before there were any statistics.
+
+        Args:
+            embeddings: (N, D), tensor or NumPy array.
+            labels: (N,) integers; not used unless responsibilities come from labels.
+            token: Of the training step; that of the call before makes this batch a further part. None is of no other.
+            problem: An error that this rank has instead of a batch, and that other ranks must be told.
+
+        Raises:
+            Exception: As `MixtureStats.update` does.
+        """
+        if torch._C._are_functorch_transforms_active():
+            with outside_transforms():
+                return self.update(unwrapped(embeddings), unwrapped(labels), token=token, problem=problem)
+        last = self._last
+        part = Part.FURTHER if last is not None and token is not None and token == self._token else Part.FIRST
+        updated: Updated | None = None
+        if self._replays and part is Part.FIRST and problem is None and not self._is_move_due(part):
+            updated = self._replay(embeddings)
+        if updated is None:
+            with full_float32(embeddings):
+                try:
+                    updated = self._update(embeddings, labels, problem, part)
+                except (MemoryError, RuntimeError) as error:
+                    if self._config.strict or not is_out_of_memory(error):
+                        raise
+                    updated = self._skip(embeddings, part, error)
+        if updated is None:
+            return None
+        self._token = token
+        if not self._first_window.is_over:
+            N, is_further = updated.stats.rows.N, part is Part.FURTHER
+            self.notes += self._first_window.add(N, is_further=is_further, may_grow=token is not None)
+        return updated
+
+    def _is_move_due(self, part: Part) -> bool:
+        """Whether components may move now, before the first usable rows of a new window."""
+        n_steps, window = self.progress.n_steps, self._relocation_window
+        has_begun = part is Part.FURTHER and self._is_counted
+        return window > 0 and n_steps > 0 and n_steps % window == 0 and not has_begun
+
+    def _replay(self, embeddings: Any) -> Updated | None:
+        """The whole update by a captured graph; None if there is none for this batch."""
+        state, waiting, _ = self.progress
+        if state is None or waiting is not None or not self._graphs.take(embeddings):
+            return None
+        N, before = embeddings.shape[0], state.moments.covariance
+        step = self._graphs.replay(state, embeddings, None, self._memory.lend(before, N=N))
+        outcome = step and _Outcome(step.state, step.results, before, False, report=step.report)
+        return outcome and self._commit(outcome, Part.FIRST, N)
+
+    def _update(self, embeddings: Any, labels: Any, problem: Exception | None, part: Part) -> Updated:
+        config, (state, waiting, n_steps) = self._config, self.progress
+        D = config.dim if state is None else state.moments.mean.shape[1]
+
+        def own() -> Batch:
+            if problem is not None:
+                raise problem
+            return receive(config, embeddings, labels, D=D)
+
+        ranks = other_ranks(self._group, was_together=self._was_together) if config.cross_rank else None
+        if ranks is None:
+            return self._take(own(), part, None)
+        self._was_together = True
+        reduces, n_waiting = config.cross_rank == "reduce", None if waiting is None else len(waiting)
+        same = self._core, reduces, config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting, part
+        like = None if state is None or waiting is not None else state.moments.mean
+        batch = exchange(config, own, ranks=ranks, digest=digest(*same), like=like)
+        with together():
+            return self._take(batch, part, ranks.total if reduces else None)
+
+    def _take(self, batch: Batch, part: Part, total: Total | None) -> Updated:
+        """Computes the step and makes it the estimator's."""
+        state, waiting, _ = self.progress
+        early = self._early if part is Part.FURTHER else []
+        if state is None or waiting is not None:
+            outcome = self._seed(early, batch, total)
+        else:
+            outcome = self._go_on(state, batch, part, total)
+        if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
+            raise ValueError(f"`strict` expects every row to be usable, got {ignored(n_ignored, int(batch.n_rows))}.")
+        updated = self._commit(outcome, part, batch.n_rows)
+        self._early = []
+        if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part
+            labels = None if batch.labels is None else batch.labels.clone()
+            self._early = [*early, batch._replace(x=batch.x.clone(), labels=labels)]
+        if updated.report is not None:
+            updated.report.doubt(batch.doubts)
+        return updated
+
+    def _seed(self, early: list[Batch], batch: Batch, total: Total | None) -> _Outcome:
+        """The step from means that are seeded from all rows so far, and so with all parts of the step once more."""
+        progress = self.progress
+        if progress.state is None:
+            self.notes += size_note(self._config.K, batch.everyone.shape[1])
+        state, waiting = seed(self._config, self._core, progress, batch.everyone)
+        before, is_anew = state.moments.covariance, waiting is None or waiting is not progress.waiting
+        for each in (*early, batch) if is_anew else (batch,):
+            state, results = self._advance(state, each, True, total)  # new means have no weight to decay
+        return _Outcome(state, results, before, _is_idle(results, batch.n_rows), waiting)
+
+    def _go_on(self, state: LowerState, batch: Batch, part: Part, total: Total | None) -> _Outcome:
+        """The step from the state, with components moved before it if that is due."""
+        kept = state if state.moments.weight.device == batch.x.device else to_device(state, batch.x.device)
+        start, n_relocated, before = kept, None, kept.moments.covariance
+        if self._is_move_due(part):
+            start, n_relocated = move(kept, lower=True)  # type: ignore[assignment]  # it keeps to lower triangles
+        if self._captures and batch.x.is_cuda and start is state and part is Part.FIRST:
+            work = self._memory.lend(before, N=len(batch.x))
+            if (step := self._graphs.step(start, batch.x, batch.labels, work)) is not None:
+                return _Outcome(step.state, step.results, before, False, n_relocated=n_relocated, report=step.report)
+        continues: bool | Tensor = False
+        if part is Part.FURTHER and (last := self._last) is not None:  # until a row was usable, no weight has decayed
+            usable = last.rows.n_ignored + last.n_ignored < last.rows.N
+            continues = usable if usable.is_cuda else bool(usable)
+        new, results = self._advance(start, batch, continues, total)
+        is_idle = _is_idle(results, batch.n_rows)
+        if is_idle and start is not kept:  # a step without a usable row leaves the state: undo the move
+            n_relocated = None
+            new, results = self._advance(kept, batch, continues, total)
+        return _Outcome(new, results, before, is_idle, n_relocated=n_relocated)
+
+    def _advance(
+        self, state: LowerState, batch: Batch, continues: bool | Tensor, total: Total | None
+    ) -> tuple[LowerState, Source]:
+        work = self._memory.lend(state.moments.covariance, N=batch.x.shape[0])
+        if total is None:
+            new, stats = advance(state, batch.x, batch.labels, continues=continues, work=work)
+        else:
+            new, stats = advance_share(state, batch.x, batch.labels, total=total, continues=continues, work=work)
+        return LowerState(new), _results(stats)
+
+    def _skip(self, embeddings: Any, part: Part, error: Exception) -> Updated | None:
+        """The outcome of a batch none of whose rows counts: an instrument must not end the run that it watches."""
+        if not self.is_short:
+            self.is_short = True
+            self.notes.append(f"`update` ran out of memory and skips such batches: {text_of(error)}")
+        state, waiting, _ = self.progress
+        if state is None or self._last is None:
+            return None
+        N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # another rank may be the one without memory
+        weight, K = state.moments.weight, self._config.K
+        ignores_all = mixture_core.StepStats(
+            moments=state.moments, R=weight.new_zeros(N, K), n_ignored=weight.new_full((), N, dtype=torch.int64)
+        )
+        self._early = self._early if part is Part.FURTHER else []
+        outcome = _Outcome(state, _results(ignores_all), state.moments.covariance, True, waiting)
+        return self._commit(outcome, part, N)._replace(n_ignored=0)  # the user is told of the memory instead
+
+    def _commit(self, outcome: _Outcome, part: Part, n_rows: int | Tensor) -> Updated:
+        """Makes the step the estimator's, and returns its statistics for the reader."""
+        rows, last = Rows(n_rows), self._last
+        if part is Part.FURTHER and last is not None:
+            N, earlier, n_ignored = last.rows
+            rows = Rows(N + n_rows, (*earlier, last.R), n_ignored + last.n_ignored)
+        stats = self._memory.hand_out(outcome.results, rows, outcome.n_relocated, before=outcome.before)
+        report = outcome.report
+        if report is None and outcome.state.moments.weight.is_cuda:
+            report = Report.of(stats)
+        is_counted = part is Part.FURTHER and self._is_counted
+        counts = outcome.waiting is None and not outcome.is_idle and not is_counted
+        self._is_counted = is_counted or counts
+        self.progress, self._last = Progress(outcome.state, outcome.waiting, self.progress.n_steps + counts), stats
+        self.n_updates += 1
+        return Updated(stats, report, n_rows, int(outcome.results["n_ignored"]) if report is None else 0)
+
+
+def _results(stats: mixture_core.StepStats) -> Source:
+    m = stats.moments
+    return {"weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": stats.R, "n_ignored": stats.n_ignored}
+
+
+def _is_idle(results: Source, n_rows: int | Tensor) -> bool:
+    """Whether a batch has no usable row; on a GPU, for which the host does not wait, whether it has no row."""
+    n_ignored = results["n_ignored"]
+    if n_ignored.is_cuda:
+        return isinstance(n_rows, int) and n_rows == 0
+    return int(n_ignored) == int(n_rows)

@@ -1,0 +1,132 @@
+"""What can be read from an estimator: its options, its state and its last statistics."""
+
+from typing import Any, Literal, NoReturn
+
+import attrs
+from torch import Tensor
+
+import mixture_core
+from mixture_core import MixtureState
+from mixture_torch.config import MixtureRuntimeConfig
+from mixture_torch.update.batch import as_plain_embeddings
+from mixture_torch.update.checkpoint import completed, to_device, to_state_dict
+from mixture_torch.update.mixture import Mixture
+from mixture_torch.update.precision import full_float32
+from mixture_torch.update.ranks import is_main_rank
+from mixture_torch.update.stats import NOTHING, StepStats
+
+DEFAULTS = MixtureRuntimeConfig()
+DISABLED = (
+    "MixtureStats is disabled, since `enabled` was left out: `update` and `log_step` do nothing. Give enabled=True to "
+    "enable it, or enabled=False to silence this warning."
+)
+
+
+class View:
+    """The part of an estimator that changes nothing.
+
+    Args:
+        config: The options.
+        is_main: Whether this process writes files; None is rank 0.
+        process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
+    """
+
+    def __init__(self, config: MixtureRuntimeConfig, *, is_main: bool | None, process_group: Any) -> None:
+        self._config, self._is_main, self._group = config, is_main, process_group
+        self._mixture = Mixture(config, process_group)
+        self._stats = NOTHING
+
+    @property
+    def config(self) -> MixtureRuntimeConfig:
+        """All options but `log_dir`, `is_main` and `process_group`."""
+        return self._config
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the estimator does anything."""
+        return self._config.enabled
+
+    @property
+    def K(self) -> int:
+        """Number of components."""
+        return self._config.K
+
+    @property
+    def mode(self) -> Literal["per_batch", "ema", "label_supervised"]:
+        """The `mode` option."""
+        return self._config.mode
+
+    @property
+    def assigner(self) -> Literal["kmeans_online", "label_supervised"]:
+        """The `assigner` option."""
+        return self._config.assigner
+
+    @property
+    def ema_decay(self) -> float:
+        """Factor by which earlier weights are multiplied each step."""
+        return self._config.ema_decay
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files: as given, or whether it is rank 0 now."""
+        return is_main_rank(self._group) if self._is_main is None else self._is_main
+
+    @property
+    def state(self) -> MixtureState | None:
+        """The state that the next update starts from, copied; None before the first."""
+        own = self._mixture.progress.state
+        if own is None:
+            return None
+        with full_float32(own.moments.weight):
+            return completed(own)
+
+    @property
+    def stats(self) -> StepStats:
+        """The statistics that the last update returned; empty before the first."""
+        return self._stats
+
+    def assign(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns R, (N, K) float32, by the nearest mean or the label of each row; it updates nothing.
+
+        Args:
+            embeddings: (N, D), tensor or NumPy array.
+            labels: (N,) integers; not used unless responsibilities come from labels.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: A shape is wrong, there has been no update, or the estimator is disabled.
+        """
+        state = self._mixture.progress.state
+        if state is None and not self.enabled:
+            raise ValueError("`enabled` must be true for `assign`, got false: without it there is no mixture.")
+        if state is None:
+            raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
+        with full_float32(embeddings):
+            x = as_plain_embeddings(embeddings)
+            return mixture_core.assign(to_device(state, x.device), x, labels)
+
+    def state_dict(self, *, dim: int | None = None) -> dict[str, Tensor | int | str]:
+        """Returns all that a later run needs to go on, as plain tensors, ints and strings, always with the same keys.
+
+        `torch.load` reads it with its safe defaults. `torch.distributed.checkpoint` loads in place and needs the final
+        shapes: give `dim` if it loads into an estimator that has had no update.
+
+        Args:
+            dim: D, for the shapes before the first update; None is the estimator's `dim`, or 0 without one.
+        """
+        with full_float32(None):
+            return to_state_dict(self._config.core, self._mixture.progress, dim=dim or self._config.dim)
+
+    def __repr__(self) -> str:
+        """Returns the options that differ from the defaults, D, and the number of updates, in one line."""
+        options = ((field.name, getattr(self._config, field.name)) for field in attrs.fields(MixtureRuntimeConfig))
+        said = [f"{name}={value!r}" for name, value in options if name == "K" or value != getattr(DEFAULTS, name)]
+        n, D = self._mixture.n_updates, self._mixture.progress.D
+        return f"MixtureStats({', '.join(said)}; {'' if D is None else f'D={D}, '}{n} update{'' if n == 1 else 's'})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be pickled: in another process it would write to the same files."""
+        raise TypeError(
+            "A MixtureStats cannot be pickled, as it writes to its `log_dir`; make another one there, and give it the "
+            "`state_dict()` of this one by `load_state_dict`."
+        )
