@@ -71,6 +71,14 @@ def as_labels(value: Any, *, N: int, device: torch.device) -> Tensor:
     return labels.to(device=device, dtype=torch.int64)
 
 
+def check_count(name: str, value: int) -> None:
+    """Raises TypeError if the value is no integer, and ValueError if it is below 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
 def usable_rows(x: Tensor) -> Tensor:
     """Returns which rows of x (N, D) the statistics may use, (N,) bool.
 
@@ -79,13 +87,6 @@ def usable_rows(x: Tensor) -> Tensor:
     """
     bound = largest_usable(x.dtype)
     return (x.amax(dim=-1) <= bound) & (x.amin(dim=-1) >= -bound)  # a NaN is the largest and the least of its row
-
-
-def rows_not_all_usable(x: Tensor) -> Tensor | None:
-    """Returns `usable_rows`, or None where one may look and all are: most batches are good, and need no masks."""
-    if looks(x) and torch.linalg.vector_norm(x) <= largest_usable(x.dtype):
-        return None
-    return usable_rows(x)
 
 
 def largest_usable(dtype: torch.dtype) -> float:
@@ -126,15 +127,18 @@ def _remedian(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Returns whether torch does nothing with these tensors but compute: no gradient, transform, tracing or compiler.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Returns whether torch only computes with these tensors: no gradient, transform, tracing or compiler.
 
-    Only then may code write to given memory.
+    Only then may code write to given memory and, on the CPU, branch on numbers. Functions that need to know ask once
+    and pass the answer on as `plain`.
     """
     if torch.compiler.is_compiling():
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
+        if tensor is None:
+            continue
         if type(tensor) is not Tensor or tensor.is_neg() or (grad and tensor.requires_grad):
             return False
     # torch has no public way to ask for these three
@@ -146,5 +150,5 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def looks(*tensors: Tensor) -> bool:
-    """Returns whether code may look at the numbers in these tensors, and branch on them: on the CPU nobody waits."""
+    """Returns whether code may branch on the numbers in these tensors: plain ones on the CPU, where nothing waits."""
     return tensors[0].device.type == "cpu" and is_plain(*tensors)

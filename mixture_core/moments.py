@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixture_core import kernels
 from mixture_core.inputs import is_plain, looks
+from mixture_core.kernels.summary import MAX_K, summary
 from mixture_core.pytrees import pytree
 
 # Four times four squarings: the spectrum's 65,536th power leaves of a near tie less than float32 can tell.
@@ -153,8 +154,8 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 def figures(moments: Moments) -> Tensor:
     """Returns the least and the largest of pi, trace_B and opnorm_B, (4,): what is logged of a step, in one go."""
     weight, mean = moments.weight, moments.mean
-    if is_plain(weight, mean) and kernels.usable_on(mean) and len(weight) <= kernels.MAX_SUMMARY_K:
-        return kernels.summary(weight, mean)
+    if mean.is_cuda and is_plain(weight, mean) and kernels.usable_on(mean, K=len(weight)) and len(weight) <= MAX_K:
+        return summary(weight, mean)
     pi = moments.pi
     factor = _between_factor(pi, moments.mean)
     return torch.stack([*pi.aminmax(), factor.square().sum(), _squared_norm(factor)])

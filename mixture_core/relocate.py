@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map  # torch has no public pytree module
 
-from mixture_core.grouped import complete_
+from mixture_core.absorb_cpu import complete_
 from mixture_core.inputs import is_plain, looks
 from mixture_core.moments import Moments, merge_exactly, safe_divide, two_sum
 from mixture_core.step import MixtureState

@@ -13,7 +13,7 @@ import mixture_core
 from mixture_core import MixtureState, StepStats
 from mixture_core.inputs import usable_rows
 from mixture_core.relocate import move
-from mixture_core.shares import Total, advance_share
+from mixture_core.sharded import Total, advance_share
 from mixture_core.step import advance
 from mixture_torch.batches import Batch, exchange, receive, together
 from mixture_torch.checkpoint import SEEDING_ROWS, Standing

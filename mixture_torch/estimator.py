@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
 from mixture_core import MixtureState
-from mixture_core.grouped import complete_
+from mixture_core.absorb_cpu import complete_
 from mixture_torch.accumulator import Accumulator, Updated, ignored, to_device
 from mixture_torch.batches import as_plain_embeddings, is_out_of_memory, settle
 from mixture_torch.checkpoint import SEEDING_ROWS, from_state_dict, to_state_dict

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats
-from mixture_core.grouped import Workspace
+from mixture_core.absorb_cpu import Workspace
 from mixture_core.step import advance
 from mixture_torch.precision import full_float32
 from mixture_torch.reports import Report, numbers_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import Moments, StepStats
-from mixture_core.grouped import Workspace, complete_
+from mixture_core.absorb_cpu import Workspace, complete_
 from mixture_core.pytrees import pytree
 from mixture_torch.precision import full_float32
 

@@ -12,14 +12,14 @@ CORE, WRAPPER = ROOT / "mixture_core", ROOT / "mixture_torch"
 
 # From bottom to top: a module imports from lower rows only.
 CORE_ROWS = [
-    ("config", "pytrees", "inputs"),
-    ("kernels",),
-    ("moments",),
-    ("grouped",),
-    ("scatter", "stats"),
-    ("assign",),
+    ("config", "pytrees", "inputs", "kernels"),
+    ("kernels.assign", "kernels.summary"),
+    ("kernels.moments", "moments"),
+    ("stats", "absorb_cpu"),
+    ("scatter",),
+    ("seeding", "assign", "absorb"),
     ("step",),
-    ("shares", "relocate"),
+    ("sharded", "relocate"),
     ("__init__",),
     ("testing",),
 ]
@@ -50,7 +50,8 @@ def imported(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path} imports relatively"
             assert node.module is not None
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            if not all((ROOT / name.replace(".", "/")).with_suffix(".py").exists() for name in names):
+            paths = [ROOT / name.replace(".", "/") for name in names]
+            if not all(path.is_dir() or path.with_suffix(".py").exists() for path in paths):
                 yield node.module  # something in it, and not modules of a package
             yield from names
 
@@ -66,16 +67,17 @@ def imported_at_run_time(path: Path) -> set[str]:
     return names
 
 
+def module(path: Path) -> str:
+    """The name of a module inside its package, "__init__" of the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
 def siblings(path: Path, package: str) -> set[str]:
-    """The modules of the same package that a file imports, "__init__" where it imports the package itself."""
-    names: set[str] = set()
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == package and len(parts) == 1:
-            names.add("__init__")
-        elif parts[0] == package and (ROOT / package / f"{parts[1]}.py").exists():
-            names.add(parts[1])
-    return names
+    """The modules of the same package that a file imports, "__init__" if it imports the package itself."""
+    modules = {module(other) for other in files(ROOT / package)}
+    inside = {name.partition(".")[2] or "__init__" for name in imported(path) if name.split(".")[0] == package}
+    return inside & modules
 
 
 def files(folder: Path) -> list[Path]:
@@ -93,16 +95,16 @@ def test_core_never_imports_the_wrapper(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_go_down_only(path: Path) -> None:
-    row = {module: height for height, row in enumerate(CORE_ROWS) for module in row}
-    assert path.stem in row, f"{path.stem} has no place in CORE_ROWS"
-    upward = {module for module in siblings(path, "mixture_core") if row[module] >= row[path.stem]}
+    row = {name: height for height, names in enumerate(CORE_ROWS) for name in names}
+    assert module(path) in row, f"{module(path)} has no place in CORE_ROWS"
+    upward = {name for name in siblings(path, "mixture_core") if row[name] >= row[module(path)]}
     assert not upward
 
 
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_torch_attrs_and_the_standard_library_alone(path: Path) -> None:
     standard = {"__future__", "collections", "functools", "itertools", "math", "numbers", "typing", "warnings"}
-    extra = {"testing": {"hypothesis"}, "kernels": {"triton"}}.get(path.stem, set())
+    extra = {"testing": {"hypothesis"}, "kernels": {"triton"}}.get(module(path), set())
     assert {name.split(".")[0] for name in imported(path)} <= {"torch", "attrs", "mixture_core"} | standard | extra
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, assign, batch_moments, decay, init, lloyd, merge, step
 from tests.core.common import gaussians
-from tests.core.test_shares import Together
+from tests.core.test_sharded import Together
 from tests.tolerances import FLOAT32, relative_error
 
 OF_THE_SPREAD = 5e-4  # at an offset of 1e4 half of float32's last digit is 4.9e-4

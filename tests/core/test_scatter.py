@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from mixture_core import Moments, batch_moments
-from mixture_core.grouped import BLOCK, Workspace, complete_
-from mixture_core.scatter import _absorb_densely, absorb
+from mixture_core.absorb import _absorb_densely, absorb
+from mixture_core.absorb_cpu import BLOCK, Workspace, complete_
+from mixture_core.inputs import is_plain
 from tests.core.common import assert_same_bits
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64, relative_error
 
@@ -41,7 +42,9 @@ def absorbed(
     weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor
 ) -> tuple[Tensor, ...]:
     """`absorb` of tensors."""
-    new, residual = absorb(Moments(weight=weight, mean=mean, covariance=covariance), residual, x, index)
+    plain = is_plain(weight, mean, residual, covariance, x, index)
+    history = Moments(weight=weight, mean=mean, covariance=covariance)
+    new, residual = absorb(history, residual, x, index, plain=plain)
     return new.weight, new.mean, residual, new.covariance
 
 
@@ -103,7 +106,7 @@ def test_absorb_into_given_memory_equals_absorb(own: bool) -> None:
     garbage = torch.full_like(covariance, float("nan"))
     history = torch.where(above, garbage, covariance)  # whose upper triangle must not be read
     work = Workspace(history if own else garbage, torch.full((2, 200, x.shape[1]), float("nan")))
-    new, _ = absorb(Moments(weight=weight, mean=mean, covariance=history), residual, x, index, work=work)
+    new, _ = absorb(Moments(weight=weight, mean=mean, covariance=history), residual, x, index, plain=True, work=work)
     assert new.covariance is work.covariance
     assert torch.equal(complete_(new.covariance), expected[3])
     assert torch.equal(new.mean, expected[1])
@@ -112,7 +115,7 @@ def test_absorb_into_given_memory_equals_absorb(own: bool) -> None:
 def test_absorb_of_no_rows_is_the_history() -> None:
     weight, mean, residual, covariance, x, index = problem(5, 3, 2)
     history = Moments(weight=weight, mean=mean, covariance=covariance)
-    assert_same_bits(absorb(history, residual, x[:0], index[:0])[0], history)
+    assert_same_bits(absorb(history, residual, x[:0], index[:0], plain=True)[0], history)
 
 
 @pytest.mark.parametrize(("N", "D", "K"), SHAPES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init
-from mixture_core.shares import advance_share
+from mixture_core.sharded import advance_share
 from mixture_core.step import advance
 from mixture_core.testing import embeddings, labels, mixtures, oracle_step, states
 from tests.core.common import assert_moments_close, assert_same_bits, gaussians

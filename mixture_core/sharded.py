@@ -1,18 +1,19 @@
-"""A step whose batch is spread over ranks: each works on its own rows, and sums are all that they exchange.
+"""A step whose batch is spread over ranks: each works on its own rows, and they only exchange sums.
 
 Nothing here has a derivative.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixture_core.assign import labelled, nearest_means
-from mixture_core.grouped import Workspace, complete_, pack, unpack_
-from mixture_core.inputs import as_labels
+from mixture_core.absorb import absorb
+from mixture_core.absorb_cpu import Workspace, complete_, pack, unpack_
+from mixture_core.assign import iterate, labelled, nearest_means
+from mixture_core.inputs import is_plain
 from mixture_core.moments import Moments, merge_means, safe_divide
-from mixture_core.scatter import absorb
 from mixture_core.stats import StepStats
 from mixture_core.step import MixtureState, history, match
 
@@ -47,53 +48,62 @@ def advance_share(
         TypeError: An argument is of the wrong type.
         ValueError: A shape is wrong, or labels are missing.
     """
-    config, K = state.config, state.config.K
-    x, (moments, residual) = match(state, embeddings)
-    N, D = x.shape
-    memory = work or Workspace.like(moments.covariance, N=N)
-    given = labelled(x, as_labels(labels, N=N, device=x.device), K) if config.uses_labels else None
-    centroids = moments.mean.double() + residual
-    for _ in range(config.max_assign_iters - 1 if given is None else 0):
-        _, count, mean, _, _ = _members(x, centroids, None)
-        sums = total(torch.cat([count, count * mean], dim=1))
-        centroids = centroids + safe_divide(sums[:, 1:], sums[:, :1])
-    away, count, mean, index, R = _members(x, centroids, given)
-    seen = torch.stack([torch.full_like(index[:1].sum(), N), (index == K).sum()]).double()
-    sums = total(torch.cat([count.flatten(), (count * mean).flatten(), seen]))
+    state, x, labels = match(state, embeddings, labels)
+    config, m, (N, D), K = state.config, state.moments, x.shape, state.config.K
+    plain = is_plain(x, labels, m.weight, m.mean, m.covariance, state.residual)
+    memory = work or Workspace.like(m.covariance, N=N)
+
+    def members(centroids: Tensor) -> _Members:
+        if labels is not None:
+            return _Members.of(x, centroids, *labelled(x, labels, K))
+        return _Members.of(x, centroids, *nearest_means(x, centroids.to(x.dtype), iterations=1, plain=plain))
+
+    def means(own: _Members, centroids: Tensor) -> Tensor:
+        sums = total(torch.cat([own.counts, own.counts * own.means], dim=1))
+        return centroids + safe_divide(sums[:, 1:], sums[:, :1])
+
+    iterations = config.max_assign_iters if labels is None else 1
+    own, centroids = iterate(members, means, m.mean.double() + state.residual, iterations=iterations)
+    seen = torch.stack([torch.full_like(own.component[:1].sum(), N), (own.component == K).sum()]).double()
+    sums = total(torch.cat([own.counts.flatten(), (own.counts * own.means).flatten(), seen]))
     weight, sums, seen = sums.split_with_sizes([K, K * D, 2])
     shift = safe_divide(sums.view(K, D), weight[:, None])
 
     # About the rank's own means first, and then, by the difference of means, about those of all.
     nothing = Moments(weight=x.new_zeros(K), mean=x.new_zeros(K, D), covariance=x.new_zeros(K, D, D))
-    absorb(nothing, nothing.mean, away.sub_(_of_rows(mean, index)).to(x.dtype), index, work=memory)
-    apart = (mean - shift).to(x.dtype)
+    away = own.away.sub_(_of_rows(own.means, own.component)).to(x.dtype)
+    absorb(nothing, nothing.mean, away, own.component, plain=plain, work=memory)
+    apart = (own.means - shift).to(x.dtype)
     memory.covariance.addcmul_(apart[:, :, None], apart[:, None, :])
-    scatter = total(pack(memory.covariance) * count.to(x.dtype))
+    scatter = total(pack(memory.covariance) * own.counts.to(x.dtype))
 
-    before, residual = history(config, moments, residual, keep=(seen[1] == seen[0]) | continues)
+    before, residual = history(state, keep=(seen[1] == seen[0]) | continues)
     new, residual = _with_scatter(before, residual, weight.to(x.dtype), centroids + shift, scatter, memory.covariance)
     if work is None:
         complete_(new.covariance)
-    stats = StepStats(moments=new, R=R, n_ignored=seen[1].to(torch.int64))
+    stats = StepStats(moments=new, R=own.R, n_ignored=seen[1].to(torch.int64))
     return MixtureState(config=config, moments=new, residual=residual), stats
 
 
-def _members(
-    x: Tensor, centroids: Tensor, given: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows without their centroid, (N, D); count, (K, 1), and mean, (K, D), of these; whose they are, as index and R.
+class _Members(NamedTuple):
+    """A rank's rows relative to the centroid that each belongs to.
 
-    In float64: what is a difference of large numbers here is all there is of the batch's moments in the end.
+    In float64: the batch's moments come from these differences of large numbers alone.
     """
-    index, R = given or nearest_means(x, centroids.to(x.dtype), iterations=1)
-    away = (
-        x.to(torch.float64, copy=True)
-        .sub_(_of_rows(centroids, index))
-        .masked_fill_((index == len(centroids))[:, None], 0.0)
-    )
-    members = R.double()
-    count = members.sum(dim=0)[:, None]
-    return away, count, safe_divide(members.mT @ away, count), index, R
+
+    away: Tensor  # (N, D) rows minus their centroid, 0 if ignored
+    counts: Tensor  # (K, 1) rows of each component
+    means: Tensor  # (K, D) mean of `away` for each component
+    component: Tensor  # (N,) of each row, K if ignored
+    R: Tensor  # (N, K) the same, one-hot
+
+    @classmethod
+    def of(cls, x: Tensor, centroids: Tensor, index: Tensor, R: Tensor) -> "_Members":
+        ignored = (index == len(centroids))[:, None]
+        away = x.to(torch.float64, copy=True).sub_(_of_rows(centroids, index)).masked_fill_(ignored, 0.0)
+        members = R.double()
+        count = members.sum(dim=0)[:, None]
+        return cls(away, count, safe_divide(members.mT @ away, count), index, R)
 
 
 def _of_rows(of_components: Tensor, index: Tensor) -> Tensor:
