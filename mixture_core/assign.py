@@ -179,8 +179,8 @@ def _by_products(x: Tensor, centroids: Tensor, iterations: int, memory: Tensor |
     """
     rows = _Rows(x, memory)
     about = centroids - rows.center  # a few iterations move centroids little, so these decide for all
-    reach = about.square().sum(dim=1).max()
-    if len(about) == 1 or reach <= FAR * torch.pdist(about).min().square():
+    reach = float(about.square().sum(dim=1).max())
+    if len(about) == 1 or reach <= FAR * float(torch.pdist(about).min()) ** 2:
         return iterate(rows.nearest, rows.means, about, iterations=iterations)[0]
     nearest = partial(rows.surely_nearest, ROUNDING * torch.finfo(x.dtype).eps * reach)
     index: Tensor = iterate(nearest, partial(_means, x), centroids, iterations=iterations)[0]
@@ -199,7 +199,7 @@ class _Rows:
         self._x, self._starts = x, range(0, max(len(x), 1), CHUNK)
         self._memory = torch.empty_like(x[:CHUNK]) if memory is None else memory
         # Most batches are usable as a whole, and need no masks.
-        whole = torch.linalg.vector_norm(x) <= largest_usable(x.dtype)
+        whole = float(torch.linalg.vector_norm(x)) <= largest_usable(x.dtype)
         self._usable = None if whole else usable_rows(x)
         self.center = middle_row(x, self._usable)
         self._held = -1  # start of the chunk that is in memory
@@ -207,17 +207,18 @@ class _Rows:
     def nearest(self, about: Tensor) -> Tensor:
         """Returns the nearest of centroids about the center, (N,); K for rows that are not usable."""
         squares = about.square().sum(dim=1)[:, None]
-        return self._whole([self._distances(start, about, squares).argmin(dim=1) for start in self._starts], len(about))
+        # `min` is twice as fast as `argmin`; on the CPU it too finds the first of equal ones.
+        return self._whole([self._distances(start, about, squares).min(dim=0)[1] for start in self._starts], len(about))
 
-    def surely_nearest(self, rounding: Tensor, centroids: Tensor) -> Tensor:
+    def surely_nearest(self, rounding: float, centroids: Tensor) -> Tensor:
         """Returns the nearest centroids, (N,), with distances that are closer than `rounding` compared again."""
         about, parts = centroids - self.center, []
         squares = about.square().sum(dim=1)[:, None]
         for start in self._starts:
             distance = self._distances(start, about, squares)
-            least, nearest = distance.topk(2, dim=1, largest=False)
-            doubtful = (least[:, 1] - least[:, 0] <= rounding).nonzero()[:, 0]
-            parts.append(nearest[:, 0].index_copy(0, doubtful, _nearest(self._x[start + doubtful], centroids)))
+            least, nearest = distance.topk(2, dim=0, largest=False)
+            doubtful = (least[1] - least[0] <= rounding).nonzero()[:, 0]
+            parts.append(nearest[0].index_copy(0, doubtful, _nearest(self._x[start + doubtful], centroids)))
         return self._whole(parts, len(centroids))
 
     def means(self, index: Tensor, about: Tensor) -> Tensor:
@@ -236,9 +237,8 @@ class _Rows:
         return index if self._usable is None else torch.where(self._usable, index, K)
 
     def _distances(self, start: int, about: Tensor, squares: Tensor) -> Tensor:
-        """The squared distances of one chunk but for |x|^2, (M, K)."""
-        # The long side comes last in the product: a fifth faster, including the transposition.
-        return torch.addmm(squares, about, self._chunk(start).mT, alpha=-2).mT.contiguous()
+        """The squared distances of one chunk but for |x|^2, (K, M)."""
+        return torch.addmm(squares, about, self._chunk(start).mT, alpha=-2)
 
     def _chunk(self, start: int) -> Tensor:
         if self._held != start:
