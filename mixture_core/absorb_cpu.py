@@ -65,7 +65,7 @@ def absorb_rows(
     K, N = weight.shape[0], x.shape[0]
     counts = torch.bincount(index, minlength=K).tolist()[:K]
     sizes = [count + 1 for count in counts]
-    # In the order of components, each one's rows and then one more, for d, which belongs to nobody yet.
+    # Each component's rows in turn, and after them one more for d, which belongs to no component until the end.
     component, source = torch.cat([index, torch.arange(K, device=index.device)]).sort(stable=True)
     component, source = component[: sum(sizes)], source[: sum(sizes)].clamp_(max=N - 1)
     last = torch.tensor([end - 1 for end in accumulate(sizes)], device=x.device)
@@ -75,7 +75,7 @@ def absorb_rows(
     one_over = inverse(counts, like=x)
     near = group_means(rows, component, one_over)
     _subtract(near, rows, groups, component, scratch)
-    # Now about `near`: the differences are exact, and what rounding took from the mean is in theirs.
+    # The differences from `near` are exact, and their means are its rounding error.
     lost = group_means(rows, component, one_over)
     _subtract(lost, rows, groups, component, scratch)
 
@@ -128,25 +128,25 @@ def _lower(matrices: Tensor) -> Tensor:
 
 
 def inverse(counts: Sequence[int], *, like: Tensor) -> Tensor:
-    """Returns 1 over each count, and 1 where it is 0 and once more, (K + 1, 1), as `group_means` takes it."""
+    """Returns 1 over each count, 1 if it is 0, and one more 1, (K + 1, 1), for `group_means`."""
     return like.new_tensor([1 / (count or 1) for count in counts] + [1.0])[:, None]
 
 
 def group_means(rows: Tensor, component: Tensor, one_over: Tensor) -> Tensor:
-    """Returns the means of the rows of each component, 0 where there are none, and one row of no meaning: (K + 1, D).
+    """Returns the means of the rows of each component, 0 if there are none, and one meaningless row: (K + 1, D).
 
     Args:
         rows: (M, D).
-        component: (M,) int64; K where the row counts for nothing, and may hold anything.
+        component: (M,) int64; K if the row is ignored, which may then hold anything.
         one_over: (K + 1, 1) from `inverse`, of the number of rows to divide by.
     """
     return rows.new_zeros(one_over.shape[0], rows.shape[1]).index_add_(0, component, rows).mul_(one_over)
 
 
 def _subtract(means: Tensor, rows: Tensor, groups: Sequence[Tensor], component: Tensor, scratch: Tensor) -> None:
-    """Takes each component's mean, (K + 1, D), from its rows; those that belong to nobody may end up as anything."""
+    """Subtracts each component's mean, (K + 1, D), from its rows; ignored rows become undefined."""
     if rows.numel() > LARGE * len(groups):
-        for group, mean in zip(groups, means.unbind(), strict=False):  # the last mean is nobody's
+        for group, mean in zip(groups, means.unbind(), strict=False):  # the last is meaningless
             group.sub_(mean)
     else:
         rows.sub_(torch.index_select(means, 0, component, out=scratch))

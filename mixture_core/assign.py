@@ -1,6 +1,6 @@
 """Assigns rows to components, by labels or by Lloyd's iterations of k-means."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -85,11 +85,9 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
     if start.shape[0] < 1:
         raise ValueError(f"`centroids` must have shape (K, {x.shape[1]}), K at least 1, got {tuple(start.shape)}.")
     check_count("iterations", iterations)
-
-    def nearest(current: Tensor) -> Tensor:
-        return nearest_means(x, current, iterations=1, plain=is_plain(x, current))[0]
-
-    index, last = iterate(nearest, partial(_means, x), start, iterations=iterations)
+    plain = is_plain(x, start)  # then so are its means
+    nearest = partial(nearest_means, x, iterations=1, plain=plain)
+    (index, _), last = iterate(nearest, lambda assigned, c: _means(x, assigned[0], c), start, iterations=iterations)
     return one_hot(index, len(start)).to(x.dtype), _means(x, index, last)
 
 
@@ -100,13 +98,9 @@ def iterate(
     *,
     iterations: int,
 ) -> tuple[Assigned, Tensor]:
-    """Returns the last assignment of Lloyd's iterations, and the centroids that it assigns to.
+    """Returns the last assignment of Lloyd's iterations, and the centroids that it assigns to, (K, D).
 
-    Args:
-        nearest: Assigns all rows to the nearest of given centroids.
-        means: The means of an assignment, given the centroids that it assigns to.
-        centroids: (K, D) to start from.
-        iterations: At least 1.
+    `nearest` assigns all rows to given centroids; `means` takes an assignment, and those it assigns to as a fallback.
     """
     assigned = nearest(centroids)
     for _ in range(iterations - 1):
@@ -182,70 +176,73 @@ def _by_products(x: Tensor, centroids: Tensor, iterations: int, memory: Tensor |
     reach = float(about.square().sum(dim=1).max())
     if len(about) == 1 or reach <= FAR * float(torch.pdist(about).min()) ** 2:
         return iterate(rows.nearest, rows.means, about, iterations=iterations)[0]
-    nearest = partial(rows.surely_nearest, ROUNDING * torch.finfo(x.dtype).eps * reach)
-    index: Tensor = iterate(nearest, partial(_means, x), centroids, iterations=iterations)[0]
-    return index
+    rounding = ROUNDING * torch.finfo(x.dtype).eps * reach
+    return iterate(lambda c: rows.surely_nearest(rounding, c), rows.exact_means, centroids, iterations=iterations)[0]
 
 
 class _Rows:
-    """The rows of a batch about a point amid them, a chunk at a time.
-
-    Args:
-        x: (N, D) embeddings.
-        memory: For a chunk of rows; None is new memory.
-    """
+    """The rows of a batch, as they are and about a point amid them, a chunk at a time."""
 
     def __init__(self, x: Tensor, memory: Tensor | None) -> None:
-        self._x, self._starts = x, range(0, max(len(x), 1), CHUNK)
-        self._memory = torch.empty_like(x[:CHUNK]) if memory is None else memory
         # Most batches are usable as a whole, and need no masks.
         whole = float(torch.linalg.vector_norm(x)) <= largest_usable(x.dtype)
         self._usable = None if whole else usable_rows(x)
         self.center = middle_row(x, self._usable)
-        self._held = -1  # start of the chunk that is in memory
+        self._chunks = torch.split(x, CHUNK)
+        self._memory = torch.empty_like(self._chunks[0]) if memory is None else memory
+        self._held = -1  # the chunk that is in memory
 
     def nearest(self, about: Tensor) -> Tensor:
         """Returns the nearest of centroids about the center, (N,); K for rows that are not usable."""
-        squares = about.square().sum(dim=1)[:, None]
         # `min` is twice as fast as `argmin`; on the CPU it too finds the first of equal ones.
-        return self._whole([self._distances(start, about, squares).min(dim=0)[1] for start in self._starts], len(about))
+        return self._whole([_distances(rows, about).min(dim=0)[1] for rows in self._centered()], len(about))
 
     def surely_nearest(self, rounding: float, centroids: Tensor) -> Tensor:
         """Returns the nearest centroids, (N,), with distances that are closer than `rounding` compared again."""
         about, parts = centroids - self.center, []
-        squares = about.square().sum(dim=1)[:, None]
-        for start in self._starts:
-            distance = self._distances(start, about, squares)
-            least, nearest = distance.topk(2, dim=0, largest=False)
+        for rows, centered in zip(self._chunks, self._centered(), strict=True):
+            least, nearest = _distances(centered, about).topk(2, dim=0, largest=False)
             doubtful = (least[1] - least[0] <= rounding).nonzero()[:, 0]
-            parts.append(nearest[0].index_copy(0, doubtful, _nearest(self._x[start + doubtful], centroids)))
+            parts.append(nearest[0].index_copy(0, doubtful, _nearest(rows[doubtful], centroids)))
         return self._whole(parts, len(centroids))
 
     def means(self, index: Tensor, about: Tensor) -> Tensor:
-        """Returns the means of the rows of each component, about the center; the centroid's own if there are none."""
-        K = len(about)
-        counts = torch.bincount(index, minlength=K).tolist()[:K]
-        one_over = inverse(counts, like=about)
-        parts = [group_means(self._chunk(s), index[s : s + CHUNK], one_over) for s in self._starts]
-        means = sum(parts[1:], parts[0])[:K]
+        """Returns the means of the rows of each component about the center, (K, D); the previous one if it has none."""
+        return self._averages(self._centered(), index, about)
+
+    def exact_means(self, index: Tensor, centroids: Tensor) -> Tensor:
+        """Returns the means of the rows of each component, which may lie far from 0; the previous one if none."""
+        near = self._averages(self._chunks, index, centroids)
+        own = torch.cat([near, near[:1]])
+        away = (rows - own.index_select(0, i) for rows, i in zip(self._chunks, torch.split(index, CHUNK), strict=True))
+        return near + self._averages(away, index, torch.zeros_like(near))
+
+    def _averages(self, chunks: Iterable[Tensor], index: Tensor, fallback: Tensor) -> Tensor:
+        """The averages of rows by component, (K, D); the fallback's if there are none."""
+        counts = torch.bincount(index, minlength=len(fallback)).tolist()[: len(fallback)]
+        one_over = inverse(counts, like=fallback)
+        members = zip(chunks, torch.split(index, CHUNK), strict=True)
+        parts = [group_means(rows, own, one_over) for rows, own in members]
+        means = sum(parts[1:], parts[0])[:-1]
         if all(counts):
             return means
-        return torch.where(torch.tensor(counts, device=about.device)[:, None] > 0, means, about)
+        return torch.where(torch.tensor(counts, device=means.device)[:, None] > 0, means, fallback)
 
     def _whole(self, parts: list[Tensor], K: int) -> Tensor:
         index = parts[0] if len(parts) == 1 else torch.cat(parts)
         return index if self._usable is None else torch.where(self._usable, index, K)
 
-    def _distances(self, start: int, about: Tensor, squares: Tensor) -> Tensor:
-        """The squared distances of one chunk but for |x|^2, (K, M)."""
-        return torch.addmm(squares, about, self._chunk(start).mT, alpha=-2)
+    def _centered(self) -> Iterator[Tensor]:
+        for n, rows in enumerate(self._chunks):
+            if self._held != n:
+                self._current = torch.sub(rows, self.center, out=self._memory[: len(rows)])
+                self._held = n
+            yield self._current
 
-    def _chunk(self, start: int) -> Tensor:
-        if self._held != start:
-            rows = self._x[start : start + CHUNK]
-            self._centered = torch.sub(rows, self.center, out=self._memory[: len(rows)])
-            self._held = start
-        return self._centered
+
+def _distances(rows: Tensor, centroids: Tensor) -> Tensor:
+    """The squared distances but for |x|^2, (K, N)."""
+    return torch.addmm(centroids.square().sum(dim=1)[:, None], centroids, rows.mT, alpha=-2)
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:

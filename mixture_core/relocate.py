@@ -25,8 +25,8 @@ def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
 
         weight w_k / 2,  mean mu_k +- s,  covariance Sigma_k - s s^T,  s = sqrt(2 / pi) Sigma_k v / sqrt(v^T Sigma_k v)
 
-    and lowers the inertia by w_k |s|^2. If samples are few per dimension, s is corrected for the noise in
-    v^T Sigma_k v. Merging component j with its neighbor i raises the inertia by w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the
+    and lowers the inertia by w_k |s|^2. If samples are few per dimension, s is corrected for the noise in v^T Sigma_k
+    v. Merging component j with its neighbor i raises the inertia by w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the
     largest gain is more than twice the least cost, j is merged into i and takes one half of k, which is split across
     its principal axis. A component with less than 0.01 / K of the weight is dead: moving it costs nothing, and its
     weight is dropped. Up to max(4, K / 8) components move at one time, dead ones first. Apart from dropped weight, the

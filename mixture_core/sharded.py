@@ -31,22 +31,18 @@ def advance_share(
 ) -> tuple[MixtureState, StepStats]:
     """Does what `advance` does with the rows of all ranks, of which this one has a share.
 
-    The new state is the same on all ranks, R is of the share, n_ignored of all rows. For each of max_assign_iters
-    iterations, of labels for one, the ranks add up counts and sums of x minus the centroid that all of them have,
-    K (1 + D) numbers, and in the end, about the means that come of it, the lower triangles of the scatter,
-    K D (D + 1) / 2 numbers; two more count rows.
+    The new state is the same on all ranks; R is that of this rank's rows; n_ignored counts all rows. In each of
+    max_assign_iters iterations (with labels, in the only one), the ranks add up the counts and sums of x minus the
+    centroid, K (1 + D) numbers. In the end they add up the lower triangles of the scatter about the new means,
+    K D (D + 1) / 2 numbers, and two counts of rows.
 
     Args:
         state: The same on all ranks.
         embeddings: (N, D) this rank's rows; N may differ between ranks and be 0.
-        labels: (N,) integers; only looked at where responsibilities come from them.
+        labels: As in `step`.
         total: Sums a tensor over all ranks. All ranks call it equally often, with the same shapes.
         continues: As in `advance`.
         work: As in `advance`; it must not be the memory of the state's covariance.
-
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: A shape is wrong, or labels are missing.
     """
     state, x, labels = match(state, embeddings, labels)
     config, m, (N, D), K = state.config, state.moments, x.shape, state.config.K

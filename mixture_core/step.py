@@ -3,6 +3,7 @@
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 from mixture_core.absorb import absorb
 from mixture_core.absorb_cpu import Workspace
@@ -127,10 +128,6 @@ def advance(
             device knows, a () bool tensor: false if no earlier part had a usable row, since idle parts decay nothing.
         work: Memory, as in `absorb`; None is new memory. If it is given, the new covariance is a `Lower`, and so may be
             the state's.
-
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: A shape is wrong, or labels are missing.
     """
     state, x, labels = match(state, embeddings, labels)
     config, m = state.config, state.moments
@@ -171,14 +168,13 @@ def assign(state: MixtureState, embeddings: Tensor, labels: Tensor | None = None
 
 def match(state: MixtureState, embeddings: Tensor, labels: Tensor | None) -> tuple[MixtureState, Tensor, Tensor | None]:
     """Returns the state and the embeddings in one type, float64 if either is; and the labels, None if not needed."""
-    x, m = as_embeddings(embeddings, D=state.moments.mean.shape[1]), state.moments
+    mean = state.moments.mean
+    x = as_embeddings(embeddings, D=mean.shape[1])
     labels = as_labels(labels, N=x.shape[0], device=x.device) if state.config.uses_labels else None
-    if x.dtype == m.mean.dtype:
+    if x.dtype == mean.dtype:
         return state, x, labels
-    dtype = torch.promote_types(x.dtype, m.mean.dtype)
-    moments = Moments(weight=m.weight.to(dtype), mean=m.mean.to(dtype), covariance=m.covariance.to(dtype))
-    state = MixtureState(config=state.config, moments=moments, residual=state.residual.to(dtype))
-    return state, x.to(dtype), labels
+    dtype = torch.promote_types(x.dtype, mean.dtype)
+    return tree_map(lambda tensor: tensor.to(dtype), state), x.to(dtype), labels
 
 
 def _members(

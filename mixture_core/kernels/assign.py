@@ -85,12 +85,12 @@ def _group_kernel(index, order, offsets, N, K: tl.constexpr, BLOCK: tl.constexpr
 
 
 def group(index: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows of each component in their order, (N,) int32, and where each begins and ends, (K + 1,) int32.
+    """Returns row numbers sorted by component, (N,) int32, and where each component begins and ends, (K + 1,) int32.
 
-    order[offsets[k] : offsets[k + 1]] are component k's; what lies beyond offsets[K] is left as it was.
+    order[offsets[k] : offsets[k + 1]] are component k's; entries beyond offsets[K] are undefined.
 
     Args:
-        index: (N,) int32; rows whose index lies outside [0, K) belong to nobody.
+        index: (N,) int32; rows whose index lies outside [0, K) are ignored.
         K: Number of components.
     """
     N = index.shape[0]
@@ -125,14 +125,7 @@ def _means_kernel(x, order, offsets, previous, means, D: tl.constexpr, BR: tl.co
 
 
 def component_means(x: Tensor, order: Tensor, offsets: Tensor, previous: Tensor) -> Tensor:
-    """Returns the mean of each component's rows, (K, D); the previous one's bits where there is no row.
-
-    Args:
-        x: (N, D) embeddings.
-        order: (N,) int32 from `group`.
-        offsets: (K + 1,) int32 from `group`.
-        previous: (K, D).
-    """
+    """Returns the mean of each component's rows, (K, D), given the output of `group`; the previous one if none."""
     K, D = previous.shape
     means = torch.empty_like(previous)
     options = {"BR": 256, "BD": 32, "num_warps": 8}

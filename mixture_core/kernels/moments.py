@@ -23,7 +23,7 @@ def _split_kernel(
     begin, end = tl.load(offsets + k), tl.load(offsets + k + 1)
     near = mean_about(x, order, begin, end, tl.zeros((BD,), tl.float32), d, D, BR, BD)
 
-    # About a point that near, differences are exact; what its own rounding took from the mean is their mean.
+    # Differences from a point so near are exact, and their mean is its rounding error.
     plane = N.to(tl.int64) * WIDTH
     total = tl.zeros((BR, BD), tl.float32)
     for start in range(begin, end, BR):
@@ -126,26 +126,10 @@ def absorb(
     weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, order: Tensor, offsets: Tensor,
     *, out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns weight, mean, residual (the mean's rounding error) and covariance of history and batch together.
+    """Does what `mixture_core.absorb_cpu.absorb_rows` does, for rows that `group` has sorted.
 
-    Per component, with w_b rows, w = w_a + w_b and d = mean_b - mean_a:
-
-        mean = mean_a + d w_b / w
-        covariance = (w_a C_a + S) / w + d d^T w_a w_b / w^2,  S = sum (x - mean_b)(x - mean_b)^T
-
-    Without a row, the history's bits; without history (w_a = 0), the batch's alone. Of covariances only what lies on
-    or below the diagonal is used and means something. S is exact to float32: three bfloat16 hold a float32 to the last
-    bit, and six of their nine products its square.
-
-    Args:
-        weight: (K,) of the history, decayed.
-        mean: (K, D) of the history.
-        residual: (K, D) its rounding error.
-        covariance: (K, D, D) of the history.
-        x: (N, D) embeddings.
-        order: (N,) int32 from `group`.
-        offsets: (K + 1,) int32 from `group`.
-        out: (K, D, D) memory for the new covariance, which may be the old one's.
+    The scatter is exact to float32: three bfloat16 hold a float32 to the last bit, and six of their nine products its
+    square. The memory `out`, (K, D, D), for the new covariance may be the old one's.
     """
     (N, D), K = x.shape, weight.shape[0]
     width = ceil(D, TILE) * TILE  # the columns between are 0 and need no mask

@@ -146,7 +146,7 @@ def test_stats_have_no_other_keys(stats: StepStats, name: str) -> None:
     assert stats.get(name) is None
     with pytest.raises(KeyError) as raised:
         stats[name]
-    assert raised.value.args == (f"{name!r} is not a statistic; there are {', '.join(NAMES)}.",)
+    assert raised.value.args == (f"{name!r} is not a statistic; choose one of {', '.join(NAMES)}.",)
 
 
 @pytest.mark.parametrize("key", [0, None, ("B",)])
