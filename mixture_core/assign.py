@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from mixture_core import kernels
-from mixture_core.absorb_cpu import CHUNK, Workspace, group_means, inverse
+from mixture_core.absorb_cpu import CHUNK, Workspace
 from mixture_core.inputs import (
     as_embeddings,
     as_labels,
     as_tensor,
     check_count,
     is_plain,
-    largest_usable,
-    middle_row,
+    middle_and_usable,
     usable_rows,
 )
 from mixture_core.kernels import assign as on_gpu
@@ -184,10 +183,7 @@ class _Rows:
     """The rows of a batch, as they are and about a point amid them, a chunk at a time."""
 
     def __init__(self, x: Tensor, memory: Tensor | None) -> None:
-        # Most batches are usable as a whole, and need no masks.
-        whole = float(torch.linalg.vector_norm(x)) <= largest_usable(x.dtype)
-        self._usable = None if whole else usable_rows(x)
-        self.center = middle_row(x, self._usable)
+        self.center, self._usable = middle_and_usable(x)
         self._chunks = torch.split(x, CHUNK)
         self._memory = torch.empty_like(self._chunks[0]) if memory is None else memory
         self._held = -1  # the chunk that is in memory
@@ -219,14 +215,11 @@ class _Rows:
 
     def _averages(self, chunks: Iterable[Tensor], index: Tensor, fallback: Tensor) -> Tensor:
         """The averages of rows by component, (K, D); the fallback's if there are none."""
-        counts = torch.bincount(index, minlength=len(fallback)).tolist()[: len(fallback)]
-        one_over = inverse(counts, like=fallback)
-        members = zip(chunks, torch.split(index, CHUNK), strict=True)
-        parts = [group_means(rows, own, one_over) for rows, own in members]
-        means = sum(parts[1:], parts[0])[:-1]
-        if all(counts):
-            return means
-        return torch.where(torch.tensor(counts, device=means.device)[:, None] > 0, means, fallback)
+        K, D = fallback.shape
+        counts, sums = torch.bincount(index, minlength=K)[:K, None], fallback.new_zeros(K + 1, D)
+        for rows, own in zip(chunks, torch.split(index, CHUNK), strict=True):
+            sums.index_add_(0, own, rows)
+        return torch.where(counts > 0, sums[:K] / counts.clamp(min=1), fallback)
 
     def _whole(self, parts: list[Tensor], K: int) -> Tensor:
         index = parts[0] if len(parts) == 1 else torch.cat(parts)

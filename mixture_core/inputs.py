@@ -95,6 +95,13 @@ def largest_usable(dtype: torch.dtype) -> float:
     return largest
 
 
+def middle_and_usable(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns `middle_row` and `usable_rows` of rows on the CPU; None for the latter if all are, as in most batches."""
+    whole = float(torch.linalg.vector_norm(x)) <= largest_usable(x.dtype)
+    usable = None if whole else usable_rows(x)
+    return middle_row(x, usable), usable
+
+
 def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
     """Returns a point amid the usable rows, (D,); 0 where there is none.
 

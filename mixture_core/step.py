@@ -200,9 +200,8 @@ def history(state: MixtureState, *, keep: bool | Tensor) -> tuple[Moments, Tenso
     if keep is True:
         return m, residual
     if config.averages:
-        decayed = decay(m, config.ema_decay)
-        weight = decayed.weight if keep is False else torch.where(keep, m.weight, decayed.weight)
-        return Moments(weight=weight, mean=m.mean, covariance=m.covariance), residual
+        factor = config.ema_decay if keep is False else torch.where(keep, torch.ones_like(m.weight), config.ema_decay)
+        return decay(m, factor), residual
     kept = keep.to(m.weight.dtype) if isinstance(keep, Tensor) else 0.0
     kept_mean = kept if config.uses_labels else 1.0
     forgotten = Moments(weight=m.weight * kept, mean=m.mean * kept_mean, covariance=m.covariance * kept)
