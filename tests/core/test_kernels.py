@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import Moments, kernels
+from mixture_core.assign import _by_differences, _by_kernels
 from mixture_core.inputs import usable_rows
 from mixture_core.kernels.assign import component_means, group, nearest
 from mixture_core.kernels.moments import absorb as absorb_by_kernels
@@ -165,6 +166,17 @@ def test_group_is_a_stable_counting_sort(N: int, K: int) -> None:
     assert offsets.tolist() == [0, *torch.tensor([(index == k).sum() for k in range(K)]).cumsum(dim=0).tolist()]
     for k in range(K):
         assert order[offsets[k] : offsets[k + 1]].tolist() == (index == k).nonzero()[:, 0].tolist()
+
+
+@needs_kernels
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_lloyd_by_kernels_equals_the_definition(iterations: int) -> None:
+    x, centroids = batch(300, 16, 5)
+    x[7, 3], centroids[4] = ODD_VALUES[0], 1e4  # a row that is ignored, and a centroid without rows
+    index, R = _by_kernels(x, centroids, iterations)
+    expected = _by_differences(x, centroids, iterations)
+    assert torch.equal(index.long(), expected)
+    assert torch.equal(R, torch.nn.functional.one_hot(expected, 6)[:, :5].float())
 
 
 # Means and covariances
