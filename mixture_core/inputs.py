@@ -1,4 +1,4 @@
-"""From what a caller hands in to tensors that the mathematics can rely on."""
+"""Checks and converts arguments, and tells what may be done with them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SAMPLE = 9  # rows, a power of 3
 
 
 def as_tensor(value: Any, *, name: str) -> Tensor:
-    """Returns a dense tensor unchanged and a NumPy array as a tensor of its own.
+    """Returns a dense tensor unchanged, and a copy of a NumPy array as a tensor.
 
     Raises:
         TypeError: It is neither, or an array of anything but numbers.
@@ -29,13 +29,13 @@ def as_tensor(value: Any, *, name: str) -> Tensor:
 
 
 def as_embeddings(value: Any, *, D: int | None = None, name: str = "embeddings", rows: str = "N") -> Tensor:
-    """Returns embeddings as (N, D) float64 where they are float64 already and as float32 otherwise.
+    """Returns embeddings, (N, D): float64 if they are float64 already, else float32.
 
     Args:
         value: (N, D) tensor or NumPy array of real numbers; N may be 0.
-        D: The width to insist on, if any.
-        name: What the caller calls them.
-        rows: What the caller calls N.
+        D: The expected width; None accepts any.
+        name: Their name in errors.
+        rows: The name of N in errors.
 
     Raises:
         TypeError: No tensor or array, or complex numbers.
@@ -50,12 +50,12 @@ def as_embeddings(value: Any, *, D: int | None = None, name: str = "embeddings",
 
 
 def as_labels(value: Any, *, N: int, device: torch.device) -> Tensor:
-    """Returns labels as an (N,) int64 tensor beside the embeddings.
+    """Returns labels, (N,) int64, on the device of the embeddings.
 
     Args:
         value: (N,) tensor or NumPy array of integers.
         N: The number of embeddings.
-        device: Where the embeddings are.
+        device: The device of the embeddings.
 
     Raises:
         TypeError: No tensor or array, or no integers.
@@ -103,15 +103,15 @@ def middle_and_usable(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
-    """Returns a point amid the usable rows, (D,); 0 where there is none.
+    """Returns a point amid the usable rows, (D,); 0 if there are none.
 
-    Sums of squares lose all digits of embeddings that are far from 0. They do not about a point among the embeddings,
-    which is here the remedian, coordinate by coordinate, of 9 rows: unlike a mean it stays there beside rows that are
-    far out, and unlike the centroids it goes with a collapse.
+    Sums of squares about 0 lose all digits if the embeddings lie far from 0; about a point among the embeddings they do
+    not. The point is the remedian of 9 rows, coordinate by coordinate: unlike a mean, single rows far out do not move
+    it, and unlike a centroid, it follows the embeddings through a collapse.
 
     Args:
         x: (N, D) embeddings.
-        usable: (N,) bool; None where all are.
+        usable: (N,) bool; None if all are.
 
     Rousseeuw and Bassett, "The remedian: a robust averaging method for large data sets" (1990), with base 3.
     """
@@ -122,7 +122,7 @@ def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
         return _remedian(x[:: N // SAMPLE][:SAMPLE])
     seen = torch.arange(1, N + 1, device=x.device) if usable is None else usable.cumsum(dim=0)
     spread = torch.arange(SAMPLE, device=x.device) * seen[-1] // SAMPLE
-    rows = torch.searchsorted(seen, spread + 1).clamp(max=N - 1)  # past the end where no row is usable
+    rows = torch.searchsorted(seen, spread + 1).clamp(max=N - 1)  # past the end if no row is usable
     return torch.where(seen[-1] > 0, _remedian(x.detach().index_select(0, rows)), 0.0)
 
 

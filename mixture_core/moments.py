@@ -152,7 +152,7 @@ def merge_means(
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a + b, rounded, and the rounding error: exact where |b| <= |a|, else to the last digit of b.
+    """Returns a + b, rounded, and the rounding error: exact if |b| <= |a|, else to the last digit of b.
 
     Dekker, "A floating-point technique for extending the available precision" (1971), section 4.
     """
@@ -192,7 +192,7 @@ def figures(moments: Moments) -> Tensor:
 
 
 def _between_factor(pi: Tensor, mean: Tensor) -> Tensor:
-    """A = sqrt(pi) (mu - m), (K, D), so that B = A^T A; with a finite gradient where pi is 0."""
+    """A = sqrt(pi) (mu - m), (K, D), so that B = A^T A; with a finite gradient even if pi is 0."""
     pi = pi[..., None]
     # Centred twice, since pi sums to 1 only up to rounding.
     once = mean - pi.mT @ mean

@@ -109,7 +109,7 @@ def _of_rows(of_components: Tensor, index: Tensor) -> Tensor:
 def _with_scatter(
     before: Moments, residual: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, out: Tensor
 ) -> tuple[Moments, Tensor]:
-    """What `merge_exactly` returns, from a packed scatter and a float64 mean; only the lower triangle is right."""
+    """Does what `merge_exactly` does, from a packed scatter and a float64 mean; the covariance is a `Lower`."""
     weight = before.weight + count
     share, kept = safe_divide(count, weight), torch.where(weight > 0, safe_divide(before.weight, weight), 1.0)
     near = mean.to(before.mean.dtype)
