@@ -1,4 +1,4 @@
-"""What a user chooses: `MixtureConfig`, checked when it is made."""
+"""The options, `MixtureConfig`, checked when they are set, and validators for them."""
 
 import math
 import reprlib
@@ -100,32 +100,43 @@ def boolean_or(*words: str) -> Check:
 
 @attrs.frozen(kw_only=True)
 class MixtureConfig:
-    """The choices of one mixture: static and hashable, never a tensor.
+    """The options of one mixture: static and hashable, never a tensor.
+
+    Attributes:
+        K: Number of mixture components, at least 1.
+        assigner: Where responsibilities come from, `kmeans_online` or `label_supervised`.
+        mode: What a step keeps of earlier steps: `ema` averages, `per_batch` keeps nothing but the centroids, and
+            `label_supervised` is `per_batch` with responsibilities from labels.
+        ema_decay: Factor by which the weights of earlier samples are multiplied each step, in (0, 1); for `mode: ema`.
+        max_assign_iters: Lloyd iterations (assign, then recompute) per step, at least 1.
+        relocate: Whether `relocate` moves wasted components; it only does in `mode: ema` with k-means.
 
     Raises:
         TypeError: A value is of the wrong type; the message names the option, what was expected and what came.
         ValueError: A value is out of range; likewise.
+
+    Example:
+        >>> import mixture_core
+        >>> mixture_core.MixtureConfig(K=4, ema_decay=0.9).window
+        10
+        >>> mixture_core.MixtureConfig(K=0)
+        Traceback (most recent call last):
+        ValueError: `K` must be at least 1, got 0.
     """
 
-    # Number of mixture components, at least 1.
     K: int = attrs.field(default=8, converter=as_integer, validator=integer(at_least=1))
-    # Where the responsibilities come from.
     assigner: Literal["kmeans_online", "label_supervised"] = attrs.field(
         default="kmeans_online", validator=one_of("kmeans_online", "label_supervised")
     )
-    # What a step keeps of earlier steps; `label_supervised` is `per_batch` with labels for responsibilities.
     mode: Literal["per_batch", "ema", "label_supervised"] = attrs.field(
         default="ema", validator=one_of("per_batch", "ema", "label_supervised")
     )
-    # Factor by which the weights of earlier samples are multiplied each step, in (0, 1); only `mode: ema` uses it.
     ema_decay: float = attrs.field(
         default=0.95,
         converter=as_number,
         validator=number("greater than 0 and less than 1", lambda value: 0 < value < 1),
     )
-    # Lloyd iterations (assign, then recompute) per step, at least 1.
     max_assign_iters: int = attrs.field(default=2, converter=as_integer, validator=integer(at_least=1))
-    # Whether `relocate` moves wasted components; it only does in `mode: ema` with k-means.
     relocate: bool = attrs.field(default=True, validator=boolean)
 
     @property

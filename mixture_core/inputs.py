@@ -1,4 +1,4 @@
-"""From what a caller hands in to tensors that the mathematics can rely on."""
+"""Checks and converts arguments, and tells what may be done with them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ RESHAPE = {  # what to do with embeddings of so many dimensions
 
 
 def as_tensor(value: Any, *, name: str) -> Tensor:
-    """Returns a dense tensor unchanged and a NumPy array as a tensor of its own.
+    """Returns a dense tensor unchanged, and a copy of a NumPy array as a tensor.
 
     Raises:
         TypeError: It is neither, or an array of anything but numbers.
@@ -35,13 +35,13 @@ def as_tensor(value: Any, *, name: str) -> Tensor:
 
 
 def as_embeddings(value: Any, *, D: int | None = None, name: str = "embeddings", rows: str = "N") -> Tensor:
-    """Returns embeddings as (N, D) float64 where they are float64 already and as float32 otherwise.
+    """Returns embeddings, (N, D): float64 if they are float64 already, else float32.
 
     Args:
         value: (N, D) tensor or NumPy array of real numbers; N may be 0.
-        D: The width to insist on, if any.
-        name: What the caller calls them.
-        rows: What the caller calls N.
+        D: The expected width; None accepts any.
+        name: Their name in errors.
+        rows: The name of N in errors.
 
     Raises:
         TypeError: No tensor or array, or complex numbers.
@@ -57,12 +57,12 @@ def as_embeddings(value: Any, *, D: int | None = None, name: str = "embeddings",
 
 
 def as_labels(value: Any, *, N: int, device: torch.device) -> Tensor:
-    """Returns labels as an (N,) int64 tensor beside the embeddings.
+    """Returns labels, (N,) int64, on the device of the embeddings.
 
     Args:
         value: (N,) tensor or NumPy array of integers.
         N: The number of embeddings.
-        device: Where the embeddings are.
+        device: The device of the embeddings.
 
     Raises:
         TypeError: No tensor or array, or no integers.
@@ -78,6 +78,14 @@ def as_labels(value: Any, *, N: int, device: torch.device) -> Tensor:
     return labels.to(device=device, dtype=torch.int64)
 
 
+def check_count(name: str, value: int) -> None:
+    """Raises TypeError if the value is no integer, and ValueError if it is below 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
 def usable_rows(x: Tensor) -> Tensor:
     """Returns which rows of x (N, D) the statistics may use, (N,) bool.
 
@@ -88,29 +96,29 @@ def usable_rows(x: Tensor) -> Tensor:
     return (x.amax(dim=-1) <= bound) & (x.amin(dim=-1) >= -bound)  # a NaN is the largest and the least of its row
 
 
-def rows_not_all_usable(x: Tensor) -> Tensor | None:
-    """Returns `usable_rows`, or None where one may look and all are: most batches are good, and need no masks."""
-    if looks(x) and torch.linalg.vector_norm(x) <= largest_usable(x.dtype):
-        return None
-    return usable_rows(x)
-
-
 def largest_usable(dtype: torch.dtype) -> float:
     """Returns the size up to which an entry of a row may be used."""
     largest: float = torch.finfo(dtype).max ** 0.5 * 2.0**-20
     return largest
 
 
-def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
-    """Returns a point amid the usable rows, (D,); 0 where there is none.
+def middle_and_usable(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns `middle_row` and `usable_rows` of rows on the CPU; None for the latter if all are, as in most batches."""
+    whole = float(torch.linalg.vector_norm(x)) <= largest_usable(x.dtype)
+    usable = None if whole else usable_rows(x)
+    return middle_row(x, usable), usable
 
-    Sums of squares lose all digits of embeddings that are far from 0. They do not about a point among the embeddings,
-    which is here the remedian, coordinate by coordinate, of 9 rows: unlike a mean it stays there beside rows that are
-    far out, and unlike the centroids it goes with a collapse.
+
+def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
+    """Returns a point amid the usable rows, (D,); 0 if there are none.
+
+    Sums of squares about 0 lose all digits if the embeddings lie far from 0; about a point among the embeddings they do
+    not. The point is the remedian of 9 rows, coordinate by coordinate: unlike a mean, single rows far out do not move
+    it, and unlike a centroid, it follows the embeddings through a collapse.
 
     Args:
         x: (N, D) embeddings.
-        usable: (N,) bool; None where all are.
+        usable: (N,) bool; None if all are.
 
     Rousseeuw and Bassett, "The remedian: a robust averaging method for large data sets" (1990), with base 3.
     """
@@ -121,7 +129,7 @@ def middle_row(x: Tensor, usable: Tensor | None) -> Tensor:
         return _remedian(x[:: N // SAMPLE][:SAMPLE])
     seen = torch.arange(1, N + 1, device=x.device) if usable is None else usable.cumsum(dim=0)
     spread = torch.arange(SAMPLE, device=x.device) * seen[-1] // SAMPLE
-    rows = torch.searchsorted(seen, spread + 1).clamp(max=N - 1)  # past the end where no row is usable
+    rows = torch.searchsorted(seen, spread + 1).clamp(max=N - 1)  # past the end if no row is usable
     return torch.where(seen[-1] > 0, _remedian(x.detach().index_select(0, rows)), 0.0)
 
 
@@ -133,15 +141,18 @@ def _remedian(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Returns whether torch does nothing with these tensors but compute: no gradient, transform, tracing or compiler.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Returns whether torch only computes with these tensors: no gradient, transform, tracing or compiler.
 
-    Only then may code write to given memory.
+    Only then may code write to given memory and, on the CPU, branch on numbers. Functions that need to know ask once
+    and pass the answer on as `plain`.
     """
     if torch.compiler.is_compiling():
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
+        if tensor is None:
+            continue
         if type(tensor) is not Tensor or tensor.is_neg() or (grad and tensor.requires_grad):
             return False
     # torch has no public way to ask for these three
@@ -153,5 +164,5 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def looks(*tensors: Tensor) -> bool:
-    """Returns whether code may look at the numbers in these tensors, and branch on them: on the CPU nobody waits."""
+    """Returns whether code may branch on the numbers in these tensors: plain ones on the CPU, where nothing waits."""
     return tensors[0].device.type == "cpu" and is_plain(*tensors)

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from mixture_core import kernels
 from mixture_core.inputs import is_plain, looks
+from mixture_core.kernels.summary import MAX_K, summary
 from mixture_core.pytrees import pytree
 
-# Four times four squarings: the spectrum's 65,536th power leaves of a near tie less than float32 can tell.
+# Four times four squarings give the 65,536th power, in which a smaller eigenvalue counts only if float32 cannot tell it
+# from the largest.
 ROUNDS, SQUARINGS = 4, 4
 SMALLEST_TRACE = 1e-35  # of a power of a matrix that is not 0
 
@@ -16,15 +18,28 @@ SMALLEST_TRACE = 1e-35  # of a power of a matrix that is not 0
 @pytree
 @attrs.frozen(eq=False, kw_only=True)
 class Moments:
-    """Weight, mean and covariance of every component; all else is derived from them when it is read.
+    """Weight, mean and covariance of every component: the sufficient statistics, from which all else is derived.
 
-    Derived properties accept leading batch dimensions, so that they can be read from what vmap returns. Where the
-    total weight is 0, pi, B and the scalars are 0.
+    Derived properties accept leading batch dimensions, as `torch.func.vmap` adds. If the total weight is 0, pi, B and
+    the scalars are 0. Covariances are divided by the weight, not by the weight minus 1.
+
+    Attributes:
+        weight: (K,) how many samples each component has seen, decayed or fractional.
+        mean: (K, D) component means, in the units of the embeddings.
+        covariance: (K, D, D) component covariances, in the square of these units.
+
+    Example:
+        >>> import torch, mixture_core
+        >>> moments = mixture_core.Moments(
+        ...     weight=torch.tensor([1.0, 3.0]), mean=torch.tensor([[0.0], [4.0]]), covariance=torch.ones(2, 1, 1)
+        ... )
+        >>> moments.pi.tolist(), float(moments.trace_B)
+        ([0.25, 0.75], 3.0)
     """
 
-    weight: Tensor  # (K,) how many samples, decayed or fractional, each component has seen
-    mean: Tensor  # (K, D) component means, units of the embeddings
-    covariance: Tensor  # (K, D, D) component covariances, divided by weight
+    weight: Tensor
+    mean: Tensor
+    covariance: Tensor
 
     @property
     def pi(self) -> Tensor:
@@ -87,6 +102,14 @@ def merge(a: Moments, b: Moments) -> Moments:
     Raises:
         ValueError: They differ in K or D.
 
+    Example:
+        >>> import torch, mixture_core
+        >>> x, R = torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, 1)
+        >>> first, second = mixture_core.batch_moments(x[:2], R[:2]), mixture_core.batch_moments(x[2:], R[2:])
+        >>> both = mixture_core.merge(first, second)
+        >>> float(both.weight), float(both.mean), round(float(both.covariance), 2)
+        (3.0, 2.0, 4.67)
+
     Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), section 2.
     """
     if a.mean.shape[-2:] != b.mean.shape[-2:]:
@@ -96,7 +119,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def merge_exactly(a: tuple[Moments, Tensor], b: tuple[Moments, Tensor]) -> tuple[Moments, Tensor]:
-    """Returns what `merge` does, for means that come with their residual, (K, D): their rounding error."""
+    """Does what `merge` does with means that come with their rounding error, (K, D)."""
     (a_, low_a), (b_, low_b) = a, b
     weight = a_.weight + b_.weight
     share = safe_divide(b_.weight, weight)[..., None]  # of b, (K, 1)
@@ -117,7 +140,7 @@ def merge_means(
         a: Mean of the one set and its rounding error, (K, D) each.
         b: The same of the other.
         share: (K, 1) of b in the union's weight.
-        a_is_heavier: Whether this is known of all components, which saves time.
+        a_is_heavier: Whether all of `share` is known to be below 0.5, which saves time.
     """
     d = (b[0] - a[0]) + (b[1] - a[1])
     if a_is_heavier:
@@ -129,7 +152,7 @@ def merge_means(
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a + b, rounded, and the rounding error: exact where |b| <= |a|, else to the last digit of b.
+    """Returns a + b, rounded, and the rounding error: exact if |b| <= |a|, else to the last digit of b.
 
     Dekker, "A floating-point technique for extending the available precision" (1971), section 4.
     """
@@ -138,12 +161,20 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decay(moments: Moments, factor: float | Tensor) -> Moments:
-    """Returns the moments with all weights scaled by `factor`, and nothing else changed."""
+    """Returns the moments with all weights multiplied by `factor`, and nothing else changed.
+
+    Example:
+        >>> import torch, mixture_core
+        >>> x = torch.tensor([[0.0], [2.0]])
+        >>> old = mixture_core.decay(mixture_core.batch_moments(x, torch.ones(2, 1)), 0.5)
+        >>> float(old.weight), float(old.mean)
+        (1.0, 1.0)
+    """
     return Moments(weight=moments.weight * factor, mean=moments.mean, covariance=moments.covariance)
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Returns the quotient where the denominator is positive and 0 elsewhere, with finite gradients everywhere."""
+    """Returns the quotient, 0 where the denominator is not positive, with finite gradients everywhere."""
     if denominator.numel() == 1 and looks(denominator) and denominator > 0:
         return numerator / denominator
     positive = denominator > 0
@@ -151,17 +182,17 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def figures(moments: Moments) -> Tensor:
-    """Returns the least and the largest of pi, trace_B and opnorm_B, (4,): what is logged of a step, in one go."""
+    """Returns the smallest pi, the largest pi, trace_B and opnorm_B, (4,): the logged figures of a step."""
     weight, mean = moments.weight, moments.mean
-    if is_plain(weight, mean) and kernels.usable_on(mean) and len(weight) <= kernels.MAX_SUMMARY_K:
-        return kernels.summary(weight, mean)
+    if mean.is_cuda and is_plain(weight, mean) and kernels.usable_on(mean, K=len(weight)) and len(weight) <= MAX_K:
+        return summary(weight, mean)
     pi = moments.pi
     factor = _between_factor(pi, moments.mean)
     return torch.stack([*pi.aminmax(), factor.square().sum(), _squared_norm(factor)])
 
 
 def _between_factor(pi: Tensor, mean: Tensor) -> Tensor:
-    """A = sqrt(pi) (mu - m), (K, D), so that B = A^T A; with a finite gradient where pi is 0."""
+    """A = sqrt(pi) (mu - m), (K, D), so that B = A^T A; with a finite gradient even if pi is 0."""
     pi = pi[..., None]
     # Centred twice, since pi sums to 1 only up to rounding.
     once = mean - pi.mT @ mean

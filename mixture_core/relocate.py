@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map  # torch has no public pytree module
 
-from mixture_core.grouped import complete_
-from mixture_core.inputs import is_plain, looks
+from mixture_core.absorb_cpu import complete_
+from mixture_core.inputs import is_plain
 from mixture_core.moments import Moments, merge_exactly, safe_divide, two_sum
 from mixture_core.step import MixtureState
 
@@ -25,8 +25,8 @@ def relocate(state: MixtureState) -> tuple[MixtureState, Tensor]:
 
         weight w_k / 2,  mean mu_k +- s,  covariance Sigma_k - s s^T,  s = sqrt(2 / pi) Sigma_k v / sqrt(v^T Sigma_k v)
 
-    and lowers the inertia by w_k |s|^2. Where samples are few per dimension, s leaves out what of v^T Sigma_k v is
-    noise. Merging component j with its neighbor i raises the inertia by w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the
+    and lowers the inertia by w_k |s|^2. If samples are few per dimension, s is corrected for the noise in v^T Sigma_k
+    v. Merging component j with its neighbor i raises the inertia by w_i w_j / (w_i + w_j) |mu_i - mu_j|^2. If the
     largest gain is more than twice the least cost, j is merged into i and takes one half of k, which is split across
     its principal axis. A component with less than 0.01 / K of the weight is dead: moving it costs nothing, and its
     weight is dropped. Up to max(4, K / 8) components move at one time, dead ones first. Apart from dropped weight, the
@@ -61,24 +61,22 @@ def move(state: MixtureState, *, lower: bool = False) -> tuple[MixtureState, Ten
 
     Args:
         state: From `init` or `step`.
-        lower: Whether the upper triangle of the covariances is undefined. It may then be written to.
+        lower: Whether the covariance is a `Lower`. Its upper triangle may then be written to.
     """
     K, m = state.config.K, state.moments
-    n_relocated = torch.zeros_like(m.weight[0], dtype=torch.int64)
+    n_relocated = m.weight.new_zeros((), dtype=torch.int64)
     if not state.config.relocates or K == 1:
         return state, n_relocated
-    looking, plain = looks(m.weight, m.covariance), is_plain(m.weight, m.mean, m.covariance, state.residual)
-    dead = m.pi < DEAD / K
+    plain = is_plain(m.weight, m.mean, m.covariance, state.residual)
+    looking, dead = plain and m.weight.device.type == "cpu", m.weight < DEAD / K * m.weight.sum()
     cost, neighbors = _mergers(m)
     variance = m.weight * m.covariance.diagonal(dim1=-2, dim2=-1).sum(dim=1)
-    if looking and not variance.max() * HALF > MARGIN * torch.where(dead, 0.0, cost).min():
+    if looking and not float(variance.max()) * HALF > MARGIN * float(torch.where(dead, 0.0, cost).min()):
         return state, n_relocated  # the usual case: the largest eigenvalue is at most the trace
 
     if lower:
         complete_(m.covariance)
-    per_weight = (
-        1 + state.config.ema_decay
-    )  # samples: a decayed weight w is as exact as w (1 + ema_decay) plain samples
+    per_weight = 1 + state.config.ema_decay  # samples: a decayed weight is as exact as so many times as many of them
     k, shift = torch.arange(K, device=m.weight.device), _half_shift(m.covariance, m.weight * per_weight)
     healthy, is_half = variance.sum().isfinite(), torch.zeros_like(dead)
     for n in range(max(MOVES, K // 8)):
@@ -114,7 +112,7 @@ def _mergers(m: Moments) -> tuple[Tensor, Tensor]:
     """The inertia that removing each component adds, (K,), and which one it is cheapest to merge with, (K,)."""
     w, mean = m.weight.detach(), m.mean.detach()
     distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
-    each = safe_divide(w[:, None] * w, w[:, None] + w) * distance.square()
+    each = distance.square() / (1 / w[:, None] + 1 / w)
     cost, neighbor = torch.where(torch.eye(len(w), dtype=torch.bool, device=w.device), torch.inf, each).min(dim=1)
     return cost, neighbor
 
@@ -122,10 +120,9 @@ def _mergers(m: Moments) -> tuple[Tensor, Tensor]:
 def _half_shift(covariance: Tensor, n: Tensor) -> Tensor:
     """The shift of a half's mean from the whole's, (K, D), across the axis that a few power iterations find.
 
-    Where n is not far above D, most of the largest variance is noise, and halves placed that far apart would both lose
-    their rows. So the variance along the axis is that of the covariance shrunk to a
-    multiple of the identity: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation"
-    (2010), equation 23.
+    If n is not far above D, most of the largest variance is noise, and halves placed that far apart would both lose
+    their rows. So the variance along the axis is that of the covariance shrunk to a multiple of the identity: Chen,
+    Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation" (2010), equation 23.
 
     Args:
         covariance: (K, D, D).

@@ -1,14 +1,14 @@
 """For your own tests: hypothesis strategies, and the estimator once more in float64 and plain loops, as an oracle.
 
 The oracle takes what the functions of `mixture_core` take, embeddings as tensors only, and returns the same records in
-float64. It is slow, and meant to be read: loops over samples and components, and the definitions as they stand in a
-textbook.
+float64. It is slow, and written to be read: loops over samples and components, and textbook definitions.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats
 
@@ -20,16 +20,14 @@ except ImportError as error:
     ) from error
 
 Size = int | tuple[int, int]  # exactly so many, or between these two, both included
-
 UNUSABLE = (float("nan"), float("inf"), float("-inf"), 1e300)
-
 
 # Bulk is drawn from torch, sizes and exceptions from hypothesis, which can shrink them.
 _GENERATORS = st.integers(0, 2**31).map(lambda seed: torch.Generator(device="cpu").manual_seed(seed))
 
 
 class Mixture(NamedTuple):
-    """A sample of a mixture whose components nobody can confuse."""
+    """A sample of a mixture whose components are easy to tell apart."""
 
     embeddings: Tensor  # (N, D)
     labels: Tensor  # (N,) int64: each row's component
@@ -47,16 +45,9 @@ def embeddings(
     dtype: torch.dtype = torch.float32,
     with_bad_rows: bool = False,
 ) -> Tensor:
-    """Draws embeddings, (N, D): Gaussian, some rows perhaps copies of the first.
+    """Draws embeddings, (N, D): Gaussian with mean `offset` and standard deviation `scale`; some rows may coincide.
 
-    Args:
-        draw: Given by hypothesis.
-        N: Number of rows.
-        D: Width.
-        scale: Standard deviation of every entry.
-        offset: Mean of every entry.
-        dtype: Of the result.
-        with_bad_rows: Whether some rows may hold a NaN, an infinity or a number too large to square.
+    With `with_bad_rows` some rows may hold a NaN, an infinity or a number too large to square.
     """
     N, D = _size(draw, N), _size(draw, D)
     x = offset + scale * _normal(draw(_GENERATORS), N, D)
@@ -79,23 +70,13 @@ def mixtures(
     offset: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Mixture:
-    """Draws a sample of K well separated components of random weights, each with at least one row where N >= K.
+    """Draws a sample of K components of random weights, each with at least one row if N >= K.
 
-    Every row lies within `scale` of its component's center, and centers lie `separation * scale` apart or more.
-
-    Args:
-        draw: Given by hypothesis.
-        N: Number of rows.
-        D: Width.
-        K: Number of components.
-        scale: Radius of a component.
-        separation: Distance between centers, in radii.
-        offset: Added to every entry.
-        dtype: Of embeddings and means.
+    Every row lies within `scale` of its component's center; centers lie `separation * scale` apart or more. `offset` is
+    added to every entry.
     """
     N, D, K, generator = _size(draw, N), _size(draw, D), _size(draw, K), draw(_GENERATORS)
-    # Corner k of a grid has the digits of k for coordinates. Moved by less than half a cell, corners stay half a cell
-    # apart.
+    # Corner k of a grid has the digits of k for coordinates. Moved by less than half a cell, they stay as far apart.
     side = next(side for side in range(1, K + 1) if side**D >= K)
     corners = torch.tensor([[k // side**d % side for d in range(D)] for k in range(K)], device="cpu")
     means = offset + 2 * separation * scale * (corners + _uniform(generator, K, D) / 2)
@@ -109,9 +90,8 @@ def mixtures(
 
 @st.composite
 def labels(draw: st.DrawFn, *, N: Size = (0, 32), K: int = 4, with_ignored: bool = True) -> Tensor:
-    """Draws labels, (N,) int64 in [0, K); with_ignored: and -1 and -100 among them, which `step` ignores."""
-    values = [*range(K), -1, -100] if with_ignored else [*range(K)]
-    N = _size(draw, N)
+    """Draws labels, (N,) int64 in [0, K); and, with `with_ignored`, also -1 and -100, which `step` ignores."""
+    values, N = [*range(K), *((-1, -100) if with_ignored else ())], _size(draw, N)
     drawn = draw(st.lists(st.sampled_from(values), min_size=N, max_size=N))
     return torch.tensor(drawn, device="cpu", dtype=torch.int64)
 
@@ -128,17 +108,9 @@ def states(
     dtype: torch.dtype = torch.float32,
     with_empty: bool = True,
 ) -> MixtureState:
-    """Draws a state in the middle of its life.
+    """Draws a state after some steps: means with mean `offset` and standard deviation `scale` per entry.
 
-    Args:
-        draw: Given by hypothesis.
-        config: The choices; None draws them, with K components.
-        K: Number of components, unless `config` says.
-        D: Width.
-        scale: Standard deviation of the means' entries.
-        offset: Mean of the means' entries.
-        dtype: Of the moments.
-        with_empty: Whether some components may have weight 0.
+    Without a `config` it draws one with K components. With `with_empty` some components may have weight 0.
     """
     D = _size(draw, D)
     if config is None:
@@ -161,12 +133,7 @@ def states(
 
 
 def oracle_batch_moments(x: Tensor, R: Tensor) -> Moments:
-    """Returns the moments of a batch: what `mixture_core.batch_moments` should, in float64.
-
-    Args:
-        x: (N, D) embeddings.
-        R: (N, K) responsibilities.
-    """
+    """Returns what `mixture_core.batch_moments` should, in float64."""
     usable = _usable(x)
     x, R = x.double(), R.double()
     weight = [sum(float(R[n, k]) for n in usable) for k in range(R.shape[1])]
@@ -177,45 +144,41 @@ def oracle_batch_moments(x: Tensor, R: Tensor) -> Moments:
         for n in rows:
             mean[k] += R[n, k] / weight[k] * x[n]
         for n in rows:
-            covariance[k] += R[n, k] / weight[k] * _outer(x[n] - mean[k])
+            covariance[k] += R[n, k] / weight[k] * _square(x[n] - mean[k])
     return Moments(weight=x.new_tensor(weight), mean=mean, covariance=covariance)
 
 
 def oracle_merge(a: Moments, b: Moments) -> Moments:
-    """Returns the moments of the union of two sets of samples: what `mixture_core.merge` should, in float64.
+    """Returns what `mixture_core.merge` should, in float64.
 
     Per component the covariance of a union is the weighted mean of the parts' covariances, each about the mean of the
     union: C_a + (mean_a - mean)(mean_a - mean)^T.
     """
-    a, b = _double(a), _double(b)
+    a, b = tree_map(torch.Tensor.double, (a, b))
     weight, mean, covariance = a.weight + b.weight, a.mean.clone(), a.covariance.clone()
     for k in range(weight.shape[0]):
         if weight[k] > 0:
             mean[k] = (a.weight[k] * a.mean[k] + b.weight[k] * b.mean[k]) / weight[k]
-            about_a = a.covariance[k] + _outer(a.mean[k] - mean[k])
-            about_b = b.covariance[k] + _outer(b.mean[k] - mean[k])
+            about_a = a.covariance[k] + _square(a.mean[k] - mean[k])
+            about_b = b.covariance[k] + _square(b.mean[k] - mean[k])
             covariance[k] = (a.weight[k] * about_a + b.weight[k] * about_b) / weight[k]
     return Moments(weight=weight, mean=mean, covariance=covariance)
 
 
 def oracle_derived(moments: Moments) -> dict[str, Tensor]:
-    """Returns pi, mu, Sigma, B, trace_B, opnorm_B and participation_ratio of moments by their definitions, in float64.
+    """Returns pi, mu, Sigma, B, trace_B, opnorm_B and participation_ratio by their definitions, in float64.
 
     Args:
-        moments: Of K components, without leading batch dimensions.
+        moments: Without leading batch dimensions.
     """
-    m = _double(moments)
-    K = m.weight.shape[0]
+    m: Moments = tree_map(torch.Tensor.double, moments)
     total_weight = m.weight.sum()
     pi = m.weight / total_weight if total_weight > 0 else torch.zeros_like(m.weight)
-    center = torch.zeros_like(m.mean[0])
-    for k in range(K):
-        center = center + pi[k] * m.mean[k]
-    B = total = torch.zeros_like(m.covariance[0])
-    for k in range(K):
-        B = B + pi[k] * _outer(m.mean[k] - center)
-        total = total + pi[k] * m.covariance[k]
-    total = total + B
+    center = (pi[:, None] * m.mean).sum(dim=0)
+    B = torch.zeros_like(m.covariance[0])
+    for k in range(len(pi)):
+        B = B + pi[k] * _square(m.mean[k] - center)
+    total = B + (pi[:, None, None] * m.covariance).sum(dim=0)
     square = total.square().sum()
     return {
         "pi": pi,
@@ -229,12 +192,7 @@ def oracle_derived(moments: Moments) -> dict[str, Tensor]:
 
 
 def oracle_nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """Returns the index of each row's nearest centroid, (N,) int64: the lowest where several are, -1 for unusable rows.
-
-    Args:
-        x: (N, D) embeddings.
-        centroids: (K, D).
-    """
+    """Returns the index of each row's nearest centroid, (N,) int64: the lowest of several, -1 for unusable rows."""
     nearest = [-1] * x.shape[0]
     for n in _usable(x):
         distances = [float((x[n].double() - centroid).square().sum()) for centroid in centroids.double()]
@@ -243,50 +201,32 @@ def oracle_nearest(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def oracle_lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
-    """Returns R and the centroids after some Lloyd iterations: what `mixture_core.lloyd` should, in float64.
-
-    Args:
-        x: (N, D) embeddings.
-        centroids: (K, D) to start from.
-        iterations: At least 1; each assigns, then recomputes.
-    """
+    """Returns what `mixture_core.lloyd` should, R and the centroids, in float64."""
     centroids = centroids.double()
     for _ in range(iterations):
         R = _one_hot(oracle_nearest(x, centroids), centroids.shape[0])
         moments = oracle_batch_moments(x, R)
-        rows = [moments.mean[k] if moments.weight[k] > 0 else centroid for k, centroid in enumerate(centroids)]
-        centroids = torch.stack(rows)
+        centroids = torch.where(moments.weight[:, None] > 0, moments.mean, centroids)
     return R, centroids
 
 
 def oracle_step(state: MixtureState, x: Tensor, labels: Tensor | None = None) -> tuple[MixtureState, StepStats]:
-    """Returns the state after one batch and what there is to read: what `mixture_core.step` should, in float64.
-
-    Args:
-        state: Before the batch.
-        x: (N, D) embeddings.
-        labels: (N,) int64 where responsibilities come from labels.
-    """
-    config, old = state.config, _double(state.moments)
+    """Returns what `mixture_core.step` should, in float64."""
+    config, old = state.config, tree_map(torch.Tensor.double, state.moments)
     if config.uses_labels:
         if labels is None:
-            raise ValueError("`labels` must be given where responsibilities come from labels, got None.")
-        R = _one_hot(labels.where(oracle_nearest(x, old.mean) >= 0, -1), config.K)  # unusable rows are nobody's
+            raise ValueError("`labels` are missing, but this config takes responsibilities from labels.")
+        R = _one_hot(labels.where(oracle_nearest(x, old.mean) >= 0, -1), config.K)  # unusable rows are ignored
     else:
         R, _ = oracle_lloyd(x, old.mean, iterations=config.max_assign_iters)
-    batch = oracle_batch_moments(x, R)
-    if batch.weight.sum() == 0:
-        new = old
-    elif config.mode == "ema":
-        decayed = Moments(weight=config.ema_decay * old.weight, mean=old.mean, covariance=old.covariance)
-        new = oracle_merge(decayed, batch)
-    else:
-        centroids = torch.zeros_like(old.mean) if config.uses_labels else old.mean
-        empty = Moments(weight=old.weight * 0, mean=centroids, covariance=old.covariance * 0)
-        new = oracle_merge(empty, batch)
+    new, batch = old, oracle_batch_moments(x, R)
+    if batch.weight.sum() > 0:
+        factor = config.ema_decay if config.mode == "ema" else 0.0
+        mean = torch.zeros_like(old.mean) if config.mode != "ema" and config.uses_labels else old.mean
+        covariance = old.covariance if config.mode == "ema" else torch.zeros_like(old.covariance)
+        new = oracle_merge(Moments(weight=factor * old.weight, mean=mean, covariance=covariance), batch)
     n_ignored = (R.sum(dim=1) == 0).sum()
-    stats = StepStats(moments=new, R=R, n_ignored=n_ignored)
-    return MixtureState(config=config, moments=new), stats
+    return MixtureState(config=config, moments=new), StepStats(moments=new, R=R, n_ignored=n_ignored)
 
 
 def _size(draw: st.DrawFn, size: Size) -> int:
@@ -312,21 +252,9 @@ def _usable(x: Tensor) -> list[int]:
 
 
 def _one_hot(index: Tensor, K: int) -> Tensor:
-    """R, (N, K): 1 where the row's index is k, a row of zeros where it lies outside [0, K)."""
-    R = torch.zeros(index.shape[0], K, device=index.device, dtype=torch.float64)
-    for n, k in enumerate(index.tolist()):
-        if 0 <= k < K:
-            R[n, k] = 1.0
-    return R
+    """R, (N, K): 1 if the row's index is k, a row of zeros if it lies outside [0, K)."""
+    return (index[:, None] == torch.arange(K, device=index.device)).double()
 
 
-def _outer(v: Tensor) -> Tensor:
+def _square(v: Tensor) -> Tensor:
     return torch.outer(v, v)
-
-
-def _double(moments: Moments) -> Moments:
-    return Moments(
-        weight=moments.weight.double(),
-        mean=moments.mean.double(),
-        covariance=moments.covariance.double(),
-    )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 from mixture_core import MixtureConfig, MixtureState, Moments
-from mixture_core.grouped import complete_, pack, unpack_
+from mixture_core.absorb_cpu import complete_, pack, unpack_
 
 VERSION = 3
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components

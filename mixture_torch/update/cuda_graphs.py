@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments
-from mixture_core.grouped import Workspace
+from mixture_core.absorb_cpu import Workspace
 from mixture_core.step import advance
 from mixture_torch.update.arrivals import Report, numbers_of
 from mixture_torch.update.checkpoint import LowerState

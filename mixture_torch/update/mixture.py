@@ -8,7 +8,7 @@ from torch import Tensor
 
 import mixture_core
 from mixture_core.relocate import move
-from mixture_core.shares import Total, advance_share
+from mixture_core.sharded import Total, advance_share
 from mixture_core.step import advance
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.update.arrivals import Report

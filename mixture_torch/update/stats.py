@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mixture_core
 from mixture_core import Moments
-from mixture_core.grouped import Workspace, complete_
+from mixture_core.absorb_cpu import Workspace, complete_
 from mixture_core.pytrees import pytree
 from mixture_torch.update.precision import full_float32
 

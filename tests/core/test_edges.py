@@ -11,18 +11,9 @@ from tests.core.common import DERIVED, assert_moments_close, assert_same_bits, g
 from tests.tolerances import FLOAT32, relative_error
 
 SHAPES = [
-    (0, 3, 4),
-    (1, 3, 4),
-    (1, 1, 1),
-    (2, 3, 5),
-    (5, 3, 5),
-    (20, 1, 3),
-    (20, 1, 1),
-    (20, 2, 7),
-    (20, 30, 3),
-    (3, 30, 8),
+    (0, 3, 4), (1, 3, 4), (1, 1, 1), (2, 3, 5), (5, 3, 5), (20, 1, 3), (20, 1, 1), (20, 2, 7), (20, 30, 3), (3, 30, 8),
     (7, 5, 1),
-]  # N, D, K
+]  # fmt: skip  # N, D, K
 MODES = [{"mode": "ema"}, {"mode": "per_batch"}, {"assigner": "label_supervised"}, {"mode": "label_supervised"}]
 
 

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from mixture_core import Moments, kernels
+from mixture_core.assign import _by_differences, _by_kernels
 from mixture_core.inputs import usable_rows
+from mixture_core.kernels.assign import component_means, group, nearest
+from mixture_core.kernels.moments import absorb as absorb_by_kernels
+from mixture_core.kernels.summary import summary
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, relative_error
 
 DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -72,9 +76,9 @@ def history(K: int, D: int, *, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def absorb(weight: Tensor, mean: Tensor, covariance: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
-    """`kernels.absorb` into memory that holds NaN before, of which none may be left in the lower triangle."""
+    """`absorb_by_kernels` into memory that holds NaN before, of which none may be left in the lower triangle."""
     out = torch.full_like(covariance, float("nan"))
-    return kernels.absorb(weight, mean, torch.zeros_like(mean), covariance, *batch, out=out)
+    return absorb_by_kernels(weight, mean, torch.zeros_like(mean), covariance, *batch, out=out)
 
 
 def rows_of(x: Tensor, index: Tensor, k: int) -> Tensor:
@@ -98,9 +102,8 @@ def union(weight: Tensor, mean: Tensor, covariance: Tensor, rows: Tensor) -> tup
 @pytest.mark.parametrize(("N", "D", "K"), SHAPES)
 def test_nearest_is_the_nearest_centroid(N: int, D: int, K: int) -> None:
     x, centroids = batch(N, D, K)
-    index, R = kernels.nearest(x, centroids, with_responsibilities=True)
+    index, R = nearest(x, centroids)
     distance = (x.double()[:, None] - centroids.double()).square().sum(dim=2)
-    assert R is not None
     assert index.dtype == torch.int32
     assert R.dtype == torch.float32
     chosen = distance.gather(1, index.long()[:, None])[:, 0]
@@ -114,7 +117,7 @@ def test_nearest_is_right_far_from_zero(spread: float, offset: float) -> None:
     _, means = batch(0, 16, 6)
     x = means.repeat(40, 1) + 0.1 * batch(240, 16, 1, seed=3)[0]
     x, means = x * spread + offset, means * spread + offset
-    index, _ = kernels.nearest(x, means, with_responsibilities=False)
+    index, _ = nearest(x, means)
     assert torch.equal(index.cpu(), torch.arange(6, dtype=torch.int32).repeat(40))
 
 
@@ -125,7 +128,7 @@ def test_nearest_is_right_in_groups_far_apart(D: int, distance: float) -> None:
     x, means = batch(400, D, 8)
     x[::2, 3] += distance
     means[4:, 3] += distance
-    index, _ = kernels.nearest(x, means, with_responsibilities=False)
+    index, _ = nearest(x, means)
     squares = (x.double()[:, None] - means.double()).square().sum(dim=2)
     chosen = squares.gather(1, index.long()[:, None])[:, 0]
     assert ((chosen - squares.amin(dim=1)) <= FLOAT32 / 10 * chosen).all()
@@ -136,9 +139,9 @@ def test_nearest_is_right_in_groups_far_apart(D: int, distance: float) -> None:
 def test_nearest_of_equal_centroids_is_the_first(D: int, K: int) -> None:
     x, centroids = batch(100, D, K)
     centroids = centroids[torch.arange(K) % 3]
-    index, _ = kernels.nearest(x, centroids, with_responsibilities=False)
+    index, _ = nearest(x, centroids)
     assert index.max() <= 2
-    again, _ = kernels.nearest(x, centroids[:3], with_responsibilities=False)
+    again, _ = nearest(x, centroids[:3])
     assert torch.equal(index, again)
 
 
@@ -147,11 +150,10 @@ def test_nearest_of_equal_centroids_is_the_first(D: int, K: int) -> None:
 @pytest.mark.parametrize(("D", "K"), [(3, 4), (65, 70)])
 def test_nearest_of_a_row_that_is_not_usable_is_nobody(value: float, D: int, K: int) -> None:
     x, centroids = batch(50, D, K)
-    expected, _ = kernels.nearest(x, centroids, with_responsibilities=False)
+    expected, _ = nearest(x, centroids)
     expected[[7, 49]] = K
     x[7, D - 1] = x[49, 0] = value
-    index, R = kernels.nearest(x, centroids, with_responsibilities=True)
-    assert R is not None
+    index, R = nearest(x, centroids)
     assert torch.equal(index, expected)
     assert torch.equal(R.sum(dim=1) == 0, ~usable_rows(x))
 
@@ -160,10 +162,21 @@ def test_nearest_of_a_row_that_is_not_usable_is_nobody(value: float, D: int, K: 
 @pytest.mark.parametrize(("N", "K"), [(0, 3), (1, 1), (50, 80), (4097, 3), (9000, 5)])
 def test_group_is_a_stable_counting_sort(N: int, K: int) -> None:
     index = torch.randint(-2, K + 2, (N,), generator=torch.Generator().manual_seed(0)).to(torch.int32).to(DEVICE)
-    order, offsets = kernels.group(index, K)
+    order, offsets = group(index, K)
     assert offsets.tolist() == [0, *torch.tensor([(index == k).sum() for k in range(K)]).cumsum(dim=0).tolist()]
     for k in range(K):
         assert order[offsets[k] : offsets[k + 1]].tolist() == (index == k).nonzero()[:, 0].tolist()
+
+
+@needs_kernels
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_lloyd_by_kernels_equals_the_definition(iterations: int) -> None:
+    x, centroids = batch(300, 16, 5)
+    x[7, 3], centroids[4] = ODD_VALUES[0], 1e4  # a row that is ignored, and a centroid without rows
+    index, R = _by_kernels(x, centroids, iterations)
+    expected = _by_differences(x, centroids, iterations)
+    assert torch.equal(index.long(), expected)
+    assert torch.equal(R, torch.nn.functional.one_hot(expected, 6)[:, :5].float())
 
 
 # Means and covariances
@@ -175,7 +188,7 @@ def test_group_is_a_stable_counting_sort(N: int, K: int) -> None:
 def test_component_means_are_the_means(N: int, D: int, K: int, offset: float) -> None:
     x, previous = batch(N, D, K, offset=offset)
     index = ragged(N, K)
-    means = kernels.component_means(x, *kernels.group(index, K), previous)
+    means = component_means(x, *group(index, K), previous)
     for k in range(K):
         rows = rows_of(x, index, k)
         if len(rows):
@@ -189,7 +202,7 @@ def test_component_means_are_the_means(N: int, D: int, K: int, offset: float) ->
 def test_absorb_is_the_union_of_history_and_batch(N: int, D: int, K: int) -> None:
     x, _ = batch(N, D, K)
     index, (weight, mean, covariance) = ragged(N, K), history(K, D)
-    weight_ab, mean_ab, _, covariance_ab = absorb(weight, mean, covariance, x, *kernels.group(index, K))
+    weight_ab, mean_ab, _, covariance_ab = absorb(weight, mean, covariance, x, *group(index, K))
     for k in range(K):
         rows = rows_of(x, index, k)
         expected_mean, expected = union(weight[k], mean[k], covariance[k], rows)
@@ -207,7 +220,7 @@ def test_absorb_of_no_history_is_the_batch_wherever_it_lies(offset: float, sprea
     x = x * spread + offset
     index = torch.zeros(200, dtype=torch.int32, device=DEVICE)
     weight, covariance = torch.zeros(2, device=DEVICE), torch.full((2, 35, 35), 1e30, device=DEVICE)
-    grouped = kernels.group(index, 2)
+    grouped = group(index, 2)
     _, mean_ab, _, covariance_ab = absorb(weight, mean, covariance, x, *grouped)
     expected_mean, expected = union(weight[0], mean[0], 0 * covariance[0], x.double())
     assert relative_error(mean_ab[0], expected_mean) <= FLOAT32
@@ -222,7 +235,7 @@ def test_absorb_far_from_zero_is_the_union_with_history_there() -> None:
     weight, mean, covariance = history(1, 35)
     mean += 1000
     index = torch.zeros(200, dtype=torch.int32, device=DEVICE)
-    results = absorb(weight, mean, covariance, x, *kernels.group(index, 1))
+    results = absorb(weight, mean, covariance, x, *group(index, 1))
     expected_mean, expected = union(weight[0], mean[0], covariance[0], x.double())
     assert relative_error(results[1][0], expected_mean) <= FLOAT32
     assert relative_error(results[3][0].tril(), expected.tril()) <= FLOAT32
@@ -235,8 +248,8 @@ def test_absorb_keeps_what_rounding_takes_from_the_mean(weight: float) -> None:
     index, weights = torch.zeros(200, dtype=torch.int32, device=DEVICE), torch.tensor([weight], device=DEVICE)
     mean, residual = x[:1].clone(), torch.full((1, 35), 3e-4, device=DEVICE)
     covariance = torch.zeros(1, 35, 35, device=DEVICE)
-    _, new, left, _ = kernels.absorb(
-        weights, mean, residual, covariance, x, *kernels.group(index, 1), out=torch.empty_like(covariance)
+    _, new, left, _ = absorb_by_kernels(
+        weights, mean, residual, covariance, x, *group(index, 1), out=torch.empty_like(covariance)
     )
     history = mean.double() + residual
     expected = history + (x.double().mean(dim=0) - history) * (200 / (200 + weight))
@@ -251,7 +264,7 @@ def test_absorb_keeps_an_absent_component_to_the_bit(D: int) -> None:
     weight, mean, covariance = history(4, D)
     weight[3] = 0.0
     index = torch.zeros(60, dtype=torch.int32, device=DEVICE)
-    results = absorb(weight, mean, covariance, x, *kernels.group(index, 4))
+    results = absorb(weight, mean, covariance, x, *group(index, 4))
     for new, old in zip((*results[:2], results[3]), (weight, mean, covariance.tril()), strict=True):
         assert torch.equal((new.tril() if new.ndim == 3 else new)[1:], old[1:])
 
@@ -260,10 +273,10 @@ def test_absorb_keeps_an_absent_component_to_the_bit(D: int) -> None:
 def test_absorb_in_place_is_absorb_and_leaves_absent_components_alone() -> None:
     x, _ = batch(150, 70, 5)
     index, (weight, mean, covariance) = ragged(150, 5), history(5, 70)
-    arguments = (x, *kernels.group(index, 5))
+    arguments = (x, *group(index, 5))
     expected = absorb(weight, mean, covariance, *arguments)[3].tril()
     absent = covariance[2].clone()
-    new = kernels.absorb(weight, mean, torch.zeros_like(mean), covariance, *arguments, out=covariance)[3]
+    new = absorb_by_kernels(weight, mean, torch.zeros_like(mean), covariance, *arguments, out=covariance)[3]
     assert new.data_ptr() == covariance.data_ptr()
     assert torch.equal(covariance.tril(), expected)
     assert torch.equal(covariance[2], absent)
@@ -273,7 +286,7 @@ def test_absorb_in_place_is_absorb_and_leaves_absent_components_alone() -> None:
 def test_absorb_reads_and_changes_none_of_its_arguments_above_the_diagonal() -> None:
     x, _ = batch(150, 70, 3)
     index, (weight, mean, covariance) = ragged(150, 3), history(3, 70)
-    arguments = (x, *kernels.group(index, 3))
+    arguments = (x, *group(index, 3))
     above = torch.where(torch.ones_like(covariance).triu(diagonal=1) > 0, float("nan"), covariance)
     before = (weight.clone(), mean.clone(), above.clone(), x.clone())
     expected, new = (absorb(weight, mean, old, *arguments)[3].tril() for old in (covariance, above))
@@ -289,7 +302,7 @@ def test_absorb_of_coinciding_rows_has_no_covariance(value: float) -> None:
     index = torch.zeros(37, dtype=torch.int32, device=DEVICE)
     index[36] = 1  # a component of a single row
     mean, covariance = torch.zeros(2, 5, device=DEVICE), torch.zeros(2, 5, 5, device=DEVICE)
-    results = absorb(mean[:, 0].clone(), mean, covariance, x, *kernels.group(index, 2))
+    results = absorb(mean[:, 0].clone(), mean, covariance, x, *group(index, 2))
     assert relative_error(results[1], x[:2]) <= FLOAT32
     assert results[3].tril().abs().max() <= (torch.finfo(torch.float32).eps * value) ** 2
 
@@ -299,9 +312,9 @@ def test_absorb_ignores_rows_that_are_not_usable() -> None:
     x, centroids = batch(90, 5, 3)
     x[::10] = torch.tensor(ODD_VALUES[0], device=DEVICE)
     x[5, 2] = 1e20
-    index, _ = kernels.nearest(x, centroids, with_responsibilities=False)
+    index, _ = nearest(x, centroids)
     weight, mean, covariance = history(3, 5)
-    results = absorb(weight, mean, covariance, x, *kernels.group(index, 3))
+    results = absorb(weight, mean, covariance, x, *group(index, 3))
     assert float(results[0].sum() - weight.sum()) == pytest.approx(80, rel=FLOAT32)
     for k in range(3):
         expected_mean, expected = union(weight[k], mean[k], covariance[k], rows_of(x, index, k))
@@ -320,7 +333,7 @@ def test_summary_is_what_moments_derive(D: int, K: int, scale: float) -> None:
     weight, mean = weight + 0.1, mean * scale
     exact = Moments(weight=weight.double(), mean=mean.double(), covariance=weight.new_zeros(K, D, D).double())
     expected = torch.stack([exact.pi.min(), exact.pi.max(), exact.trace_B, exact.opnorm_B])
-    actual = kernels.summary(weight, mean)
+    actual = summary(weight, mean)
     for found, wanted in zip(actual, expected, strict=True):
         assert relative_error(found, wanted) <= FLOAT32
 
@@ -329,20 +342,20 @@ def test_summary_is_what_moments_derive(D: int, K: int, scale: float) -> None:
 def test_summary_is_exact_far_from_zero() -> None:
     weight, mean, _ = history(6, 20)
     exact = Moments(weight=weight.double(), mean=(mean + 1000).double(), covariance=weight.new_zeros(6, 20, 20))
-    actual = kernels.summary(weight, mean + 1000)
+    actual = summary(weight, mean + 1000)
     assert relative_error(actual[2:], torch.stack([exact.trace_B, exact.opnorm_B])) <= FAR_FROM_ZERO
 
 
 @needs_kernels
 def test_summary_of_coinciding_means_has_no_spread() -> None:
-    actual = kernels.summary(torch.ones(3, device=DEVICE), torch.full((3, 4), 0.1, device=DEVICE))
+    actual = summary(torch.ones(3, device=DEVICE), torch.full((3, 4), 0.1, device=DEVICE))
     assert relative_error(actual[:2], torch.full((2,), 1 / 3, device=DEVICE)) <= FLOAT32
     assert actual[2:].abs().max() <= torch.finfo(torch.float32).eps ** 2
 
 
 @needs_kernels
 def test_summary_without_weight_is_0() -> None:
-    assert not kernels.summary(torch.zeros(3, device=DEVICE), torch.ones(3, 4, device=DEVICE)).any()
+    assert not summary(torch.zeros(3, device=DEVICE), torch.ones(3, 4, device=DEVICE)).any()
 
 
 # Where they work
@@ -350,8 +363,8 @@ def test_summary_without_weight_is_0() -> None:
 
 @needs_kernels
 def test_kernels_are_usable_on_float32_alone() -> None:
-    assert kernels.usable_on(torch.zeros(3, 2, device=DEVICE))
-    assert not kernels.usable_on(torch.zeros(3, 2, device=DEVICE, dtype=torch.float64))
+    assert kernels.usable_on(torch.zeros(3, 2, device=DEVICE), K=3)
+    assert not kernels.usable_on(torch.zeros(3, 2, device=DEVICE, dtype=torch.float64), K=3)
 
 
 @needs_kernels
@@ -360,9 +373,9 @@ def test_kernels_repeat_bit_for_bit() -> None:
     index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)
 
     def once() -> list[Tensor]:
-        nearest, _ = kernels.nearest(x, centroids, with_responsibilities=False)
-        results = absorb(weight, mean, covariance, x, *kernels.group(index, 4))
-        return [nearest, *results[:3], results[3].tril(), kernels.summary(weight, mean)]
+        index_again, _ = nearest(x, centroids)
+        results = absorb(weight, mean, covariance, x, *group(index, 4))
+        return [index_again, *results[:3], results[3].tril(), summary(weight, mean)]
 
     for first, second in zip(once(), once(), strict=True):
         assert torch.equal(first, second)
@@ -374,10 +387,10 @@ def test_kernels_can_be_held_by_a_graph() -> None:
     index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)
 
     def once() -> list[Tensor]:
-        nearest, _ = kernels.nearest(x, centroids, with_responsibilities=False)
-        order, offsets = kernels.group(index, 4)
+        index_again, _ = nearest(x, centroids)
+        order, offsets = group(index, 4)
         results = absorb(weight, mean, covariance, x, order, offsets)
-        return [nearest, *results[:3], results[3].tril(), kernels.summary(weight, mean)]
+        return [index_again, *results[:3], results[3].tril(), summary(weight, mean)]
 
     expected = once()
     graph = torch.cuda.CUDAGraph()
@@ -395,7 +408,7 @@ def test_a_gpu_for_which_nothing_can_be_compiled_is_told_of_and_done_without(mon
 
     kernels._work_on.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "group", broken)
+        patch.setattr(kernels, "launch", broken)
         patch.setattr(torch, "zeros", lambda *_, **__: None)  # on a GPU that may not be there
         patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         with pytest.warns(UserWarning, match=r"Triton cannot run here.*: RuntimeError: Failed to find C compiler.$"):

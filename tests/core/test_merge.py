@@ -1,5 +1,7 @@
 """The algebra of moments: merge and decay."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,19 +30,14 @@ def occupied(moments: Moments) -> Moments:
     )
 
 
-@given(states(**SAME_SIZE), states(**SAME_SIZE))
-def test_merge_equals_the_oracle(a: MixtureState, b: MixtureState) -> None:
-    assert_moments_close(merge(a.moments, b.moments), oracle_merge(a.moments, b.moments), FLOAT32)
-
-
-@given(states(**SAME_SIZE, dtype=torch.float64), states(**SAME_SIZE, dtype=torch.float64))
-def test_merge_in_float64_equals_the_oracle(a: MixtureState, b: MixtureState) -> None:
-    assert_moments_close(merge(a.moments, b.moments), oracle_merge(a.moments, b.moments), FLOAT64)
-
-
-@given(states(**SAME_SIZE, offset=1000.0), states(**SAME_SIZE, offset=1000.0))
-def test_merge_moved_by_1000_equals_the_oracle(a: MixtureState, b: MixtureState) -> None:
-    assert_moments_close(merge(a.moments, b.moments), oracle_merge(a.moments, b.moments), FAR_FROM_ZERO)
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, FLOAT32), ({"dtype": torch.float64}, FLOAT64), ({"offset": 1000.0}, FAR_FROM_ZERO)],
+)
+@given(data=st.data())
+def test_merge_equals_the_oracle(data: st.DataObject, options: dict[str, Any], tolerance: float) -> None:
+    a, b = (data.draw(states(**SAME_SIZE, **options)).moments for _ in range(2))
+    assert_moments_close(merge(a, b), oracle_merge(a, b), tolerance)
 
 
 @given(states(**SAME_SIZE), states(**SAME_SIZE))

@@ -1,6 +1,8 @@
 """The functions change nothing but what they return, and draw nothing."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -147,3 +149,9 @@ def test_grad_mode_does_not_matter(mode: Callable[[], Any]) -> None:
     expected, expected_stats = step(*arguments)
     assert_same_bits(new.moments, expected.moments)
     assert torch.equal(stats.R, expected_stats.R)
+
+
+def test_import_does_not_import_the_compiler() -> None:
+    # Which takes a second, and most programs never need.
+    code = "import sys, mixture_core; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

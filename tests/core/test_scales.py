@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, assign, batch_moments, decay, init, lloyd, merge, step
+from mixture_core.assign import _Rows
 from tests.core.common import gaussians
-from tests.core.test_shares import Together
+from tests.core.test_sharded import Together
 from tests.tolerances import FLOAT32, relative_error
 
 OF_THE_SPREAD = 5e-4  # at an offset of 1e4 half of float32's last digit is 4.9e-4
@@ -52,6 +53,15 @@ def test_groups_far_apart_are_seeded_and_refined_as_near_ones_are(distance: floa
     x, means = groups(distance, D, apart=14.0)
     _, centroids = lloyd(x, init(MixtureConfig(K=8), x).moments.mean, iterations=4)
     assert torch.cdist(means, centroids, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max() < 2
+
+
+def test_means_of_groups_far_apart_are_right_to_the_last_digit() -> None:
+    x, _ = groups(1e5, 16, apart=10.0)
+    index = torch.arange(len(x)) % 3
+    found = _Rows(x, None).exact_means(index, x[:4])
+    exact = torch.stack([x[index == k].double().mean(dim=0) for k in range(3)])
+    assert relative_error(found[:3], exact) <= torch.finfo(torch.float32).eps
+    assert torch.equal(found[3], x[3])
 
 
 # Long windows far from 0

@@ -52,10 +52,6 @@ def test_embeddings_can_be_empty_repeated_and_bad() -> None:
         find(embeddings(with_bad_rows=True), lambda x, bad=bad: bool(bad(x).any()))
 
 
-def test_embeddings_shrink_to_few_rows_and_columns() -> None:
-    assert find(embeddings(), lambda x: x.shape[0] >= 3).shape == (3, 1)
-
-
 @given(mixtures(N=(1, 20), scale=0.5, separation=6.0, offset=-3.0, dtype=torch.float64))
 def test_mixtures_are_as_separated_as_promised(mixture: Mixture) -> None:
     x, own, means = mixture
@@ -70,21 +66,17 @@ def test_mixtures_give_every_component_a_row(mixture: Mixture) -> None:
     assert mixture.labels.unique().tolist() == list(range(mixture.means.shape[0]))
 
 
-@given(labels(N=(3, 9), K=2))
-def test_labels_are_components_or_to_be_ignored(own: Tensor) -> None:
+@given(labels(N=(3, 9), K=2), labels(K=3, with_ignored=False))
+def test_labels_are_components_or_to_be_ignored(own: Tensor, others: Tensor) -> None:
     assert own.dtype == torch.int64
     assert 3 <= own.shape[0] <= 9
     assert set(own.tolist()) <= {0, 1, -1, -100}
+    assert set(others.tolist()) <= {0, 1, 2}
 
 
 def test_labels_can_be_to_be_ignored() -> None:
     for ignored in (-1, -100):
         find(labels(), lambda own, ignored=ignored: bool((own == ignored).any()))
-
-
-@given(labels(K=3, with_ignored=False))
-def test_labels_are_all_components_where_that_is_wanted(own: Tensor) -> None:
-    assert set(own.tolist()) <= {0, 1, 2}
 
 
 @given(states(K=3, D=2, scale=2.0, dtype=torch.float64))

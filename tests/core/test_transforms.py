@@ -67,27 +67,14 @@ def item(results: tuple[MixtureState, StepStats], index: int) -> tuple[MixtureSt
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_vmap_over_states_and_batches_equals_a_loop(config: MixtureConfig) -> None:
-    states, batches = [warm(config, seed) for seed in range(3)], [batch(10 + seed) for seed in range(3)]
-    results = vmap(step)(stack(*states), stack(*batches)[0], stack(*batches)[1])
+@pytest.mark.parametrize(("over_states", "over_batches"), [(True, True), (True, False), (False, True)])
+def test_vmap_equals_a_loop(config: MixtureConfig, over_states: bool, over_batches: bool) -> None:
+    states = [warm(config, seed if over_states else 0) for seed in range(3)]
+    batches = [batch(10 + seed if over_batches else 10) for seed in range(3)]
+    in_dims = (0 if over_states else None, *[0 if over_batches else None] * 2)
+    rows = stack(*batches) if over_batches else batches[0]
+    results = vmap(step, in_dims=in_dims)(stack(*states) if over_states else states[0], *rows)
     for index, (state, (x, labels)) in enumerate(zip(states, batches, strict=True)):
-        assert_results_close(item(results, index), step(state, x, labels))
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_vmap_over_states_alone_equals_a_loop(config: MixtureConfig) -> None:
-    states = [warm(config, seed) for seed in range(3)]
-    x, labels = batch(10)
-    results = vmap(step, in_dims=(0, None, None))(stack(*states), x, labels)
-    for index, state in enumerate(states):
-        assert_results_close(item(results, index), step(state, x, labels))
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_vmap_over_batches_alone_equals_a_loop(config: MixtureConfig) -> None:
-    state, batches = warm(config, 0), [batch(10 + seed) for seed in range(3)]
-    results = vmap(step, in_dims=(None, 0, 0))(state, stack(*batches)[0], stack(*batches)[1])
-    for index, (x, labels) in enumerate(batches):
         assert_results_close(item(results, index), step(state, x, labels))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixture_core import shares as shares_of_core
+from mixture_core import sharded
 from mixture_torch import MixtureStats
 from mixture_torch.update import mixture as update_wing
 from mixture_torch.update.arrivals import Report
@@ -181,7 +181,7 @@ def scarce(here: Here, exchange: str, when: str) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         if here.rank == 1:
             name = "receive" if when == "before" else "advance" if exchange == "gather" else "_with_scatter"
-            stack.enter_context(patch.object(shares_of_core if name == "_with_scatter" else update_wing, name, fail))
+            stack.enter_context(patch.object(sharded if name == "_with_scatter" else update_wing, name, fail))
         steps.append(attempt(wrapper, *shares(1)[here.rank]))
     return [*steps, attempt(wrapper, *shares(2)[here.rank])]
 

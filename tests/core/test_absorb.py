@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from mixture_core import Moments, batch_moments
-from mixture_core.grouped import BLOCK, Workspace, complete_
-from mixture_core.scatter import _absorb_densely, absorb
+from mixture_core.absorb import _absorb_densely, absorb
+from mixture_core.absorb_cpu import BLOCK, Workspace, complete_
+from mixture_core.inputs import is_plain
 from tests.core.common import assert_same_bits
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64, relative_error
 
@@ -41,7 +42,9 @@ def absorbed(
     weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor
 ) -> tuple[Tensor, ...]:
     """`absorb` of tensors."""
-    new, residual = absorb(Moments(weight=weight, mean=mean, covariance=covariance), residual, x, index)
+    plain = is_plain(weight, mean, residual, covariance, x, index)
+    history = Moments(weight=weight, mean=mean, covariance=covariance)
+    new, residual = absorb(history, residual, x, index, plain=plain)
     return new.weight, new.mean, residual, new.covariance
 
 
@@ -55,18 +58,16 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], toler
 
 
 @pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_absorb_equals_the_dense_form(N: int, D: int, K: int, dtype: torch.dtype) -> None:
-    arguments = problem(N, D, K, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "offset", "tolerance"),
+    [(torch.float32, 0.0, FLOAT32), (torch.float64, 0.0, FLOAT64), (torch.float32, 1000.0, FAR_FROM_ZERO)],
+)
+def test_absorb_equals_the_dense_form(
+    N: int, D: int, K: int, dtype: torch.dtype, offset: float, tolerance: float
+) -> None:
+    arguments = problem(N, D, K, dtype=dtype, offset=offset)
     expected = _absorb_densely(*(t.double() for t in arguments[:5]), arguments[5])
-    assert_close(absorbed(*arguments), expected, FLOAT32 if dtype == torch.float32 else FLOAT64)
-
-
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-def test_absorb_far_from_zero_equals_the_dense_form(N: int, D: int, K: int) -> None:
-    arguments = problem(N, D, K, offset=1000.0)
-    expected = _absorb_densely(*(t.double() for t in arguments[:5]), arguments[5])
-    assert_close(absorbed(*arguments), expected, FAR_FROM_ZERO)
+    assert_close(absorbed(*arguments), expected, tolerance)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-4])
@@ -103,7 +104,7 @@ def test_absorb_into_given_memory_equals_absorb(own: bool) -> None:
     garbage = torch.full_like(covariance, float("nan"))
     history = torch.where(above, garbage, covariance)  # whose upper triangle must not be read
     work = Workspace(history if own else garbage, torch.full((2, 200, x.shape[1]), float("nan")))
-    new, _ = absorb(Moments(weight=weight, mean=mean, covariance=history), residual, x, index, work=work)
+    new, _ = absorb(Moments(weight=weight, mean=mean, covariance=history), residual, x, index, plain=True, work=work)
     assert new.covariance is work.covariance
     assert torch.equal(complete_(new.covariance), expected[3])
     assert torch.equal(new.mean, expected[1])
@@ -112,7 +113,7 @@ def test_absorb_into_given_memory_equals_absorb(own: bool) -> None:
 def test_absorb_of_no_rows_is_the_history() -> None:
     weight, mean, residual, covariance, x, index = problem(5, 3, 2)
     history = Moments(weight=weight, mean=mean, covariance=covariance)
-    assert_same_bits(absorb(history, residual, x[:0], index[:0])[0], history)
+    assert_same_bits(absorb(history, residual, x[:0], index[:0], plain=True)[0], history)
 
 
 @pytest.mark.parametrize(("N", "D", "K"), SHAPES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init
-from mixture_core.shares import advance_share
+from mixture_core.sharded import advance_share
 from mixture_core.step import advance
 from mixture_core.testing import embeddings, labels, mixtures, oracle_step, states
 from tests.core.common import assert_moments_close, assert_same_bits, gaussians
@@ -120,24 +120,13 @@ def per_step(config: MixtureConfig, D: int) -> int:
 
 
 @given(problems())
-def test_shares_have_the_moments_of_one_step(problem: tuple[MixtureState, Tensor, list[int], Tensor]) -> None:
+def test_shares_give_what_one_step_gives(problem: tuple[MixtureState, Tensor, list[int], Tensor]) -> None:
     state, x, sizes, own = problem
-    expected, _ = advance(state, x, own)
-    assert_moments_close(Together(state, x, sizes, own).states[0].moments, expected.moments, FLOAT64)
-
-
-@given(problems())
-def test_shares_have_the_rows_of_R_of_one_step(problem: tuple[MixtureState, Tensor, list[int], Tensor]) -> None:
-    state, x, sizes, own = problem
-    together = Together(state, x, sizes, own)
-    assert torch.equal(together.R, advance(state, x, own)[1].R)
+    together, (expected, stats) = Together(state, x, sizes, own), advance(state, x, own)
+    assert_moments_close(together.states[0].moments, expected.moments, FLOAT64)
+    assert torch.equal(together.R, stats.R)
     assert [len(stats.R) for stats in together.stats] == sizes
-
-
-@given(problems())
-def test_shares_count_the_ignored_rows_of_all(problem: tuple[MixtureState, Tensor, list[int], Tensor]) -> None:
-    state, x, sizes, own = problem
-    assert Together(state, x, sizes, own).n_ignored == {int(advance(state, x, own)[1].n_ignored)}
+    assert together.n_ignored == {int(stats.n_ignored)}
 
 
 @given(problems())
@@ -151,16 +140,10 @@ def test_shares_that_continue_a_step_have_the_moments_of_one(
 
 @given(problems())
 def test_shares_end_in_the_same_bits_on_all_ranks(problem: tuple[MixtureState, Tensor, list[int], Tensor]) -> None:
-    first, *others = Together(*problem).states
-    for other in others:
-        assert_same_bits(other.moments, first.moments)
-
-
-@given(problems())
-def test_state_and_statistics_of_shares_hold_the_same(problem: tuple[MixtureState, Tensor, list[int], Tensor]) -> None:
     together = Together(*problem)
     for state, stats in zip(together.states, together.stats, strict=True):
-        assert_same_bits(state.moments, stats.moments)
+        assert_same_bits(state.moments, together.states[0].moments)
+        assert_same_bits(stats.moments, state.moments)
 
 
 @given(mixtures(N=(24, 64), K=(1, 6)), st.sampled_from(("ema", "per_batch")), st.integers(1, 4), st.data())
@@ -217,16 +200,10 @@ def test_shares_far_from_zero_have_the_covariance_of_the_oracle(assigner: Any, i
 
 
 @given(problems())
-def test_every_rank_sends_the_documented_number_of_numbers(
+def test_all_ranks_send_the_documented_numbers_in_the_same_shapes(
     problem: tuple[MixtureState, Tensor, list[int], Tensor],
 ) -> None:
     state, _, sizes, _ = problem
-    assert Together(*problem).sent == [per_step(state.config, state.moments.mean.shape[1])] * len(sizes)
-
-
-@given(problems())
-def test_all_ranks_send_the_same_shapes_in_the_same_order(
-    problem: tuple[MixtureState, Tensor, list[int], Tensor],
-) -> None:
-    first, *others = Together(*problem).shapes
-    assert others == [first] * len(others)
+    together = Together(*problem)
+    assert together.sent == [per_step(state.config, state.moments.mean.shape[1])] * len(sizes)
+    assert together.shapes == [together.shapes[0]] * len(sizes)

@@ -1,8 +1,8 @@
-"""The rows of each component to its moments, one product per component on its own rows: for the CPU."""
+"""Adds hard-assigned rows to the moments on the CPU, by one matrix product per component on its own rows."""
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from mixture_core.moments import merge_means
 
 CHUNK = 16_384  # rows at a time: float32 sums of more squares lose digits
+# (K, D, D) symmetric matrices of which only the lower triangle is defined; `complete_` fills in the upper one. It takes
+# half the time to compute.
+Lower: TypeAlias = Tensor
 # Of larger covariances only the block rows' lower parts are computed. At D = 512 and 2048, with K = 8, blocks of 64 to
 # 256 rows took 0.76 to 0.88 and 0.68 to 0.65 of the whole product's time (AMD EPYC, one thread); fewer blocks are fewer
 # calls.
@@ -20,7 +23,7 @@ LARGE = 65_536  # numbers in a component's rows: with more, a call per component
 class Workspace(NamedTuple):
     """Memory for a step to write to."""
 
-    covariance: Tensor  # (K, D, D) that is to become the new covariance
+    covariance: Lower  # for the new covariance
     rows: Tensor  # (2, M, D) for rows on their way: M at least min(N, CHUNK) + K on the CPU
 
     @classmethod
@@ -40,21 +43,21 @@ class Workspace(NamedTuple):
 
 
 def absorb_rows(
-    weight: Tensor, mean: Tensor, residual: Tensor, covariance: Tensor, x: Tensor, index: Tensor, work: Workspace
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight: Tensor, mean: Tensor, residual: Tensor, covariance: Lower, x: Tensor, index: Tensor, work: Workspace
+) -> tuple[Tensor, Tensor, Tensor, Lower]:
     """Returns weight, mean, residual and covariance of history and batch together.
 
     With Z the rows x_n - mean_b and one row sqrt(w_a w_b / w) d, covariance = (w_a / w) C_a + Z^T Z / w. Components
-    without a row keep their mean and covariance to the bit, and cost nothing where the memory is the history's own.
+    without a row keep their mean and covariance to the bit, at no cost if the memory is the history's own.
 
     Args:
         weight: (K,) of the history.
         mean: (K, D) of the history.
         residual: (K, D) its rounding error.
-        covariance: (K, D, D) of the history, of which only the lower triangle is read.
+        covariance: (K, D, D) of the history.
         x: (N, D) embeddings, N at most CHUNK.
-        index: (N,) int64, the component of each row; K where it counts for nothing.
-        work: Memory; that for the covariance may be `covariance` itself. Its upper triangle is undefined afterwards.
+        index: (N,) int64, the component of each row; K if the row is ignored.
+        work: Memory; that for the covariance may be `covariance` itself.
 
     Returns:
         Weight of both, (K,); their mean and its residual, (K, D) each; and their covariance, in `work`.
@@ -62,7 +65,7 @@ def absorb_rows(
     K, N = weight.shape[0], x.shape[0]
     counts = torch.bincount(index, minlength=K).tolist()[:K]
     sizes = [count + 1 for count in counts]
-    # In the order of components, each one's rows and then one more, for d, which belongs to nobody yet.
+    # Each component's rows in turn, and after them one more for d, which belongs to no component until the end.
     component, source = torch.cat([index, torch.arange(K, device=index.device)]).sort(stable=True)
     component, source = component[: sum(sizes)], source[: sum(sizes)].clamp_(max=N - 1)
     last = torch.tensor([end - 1 for end in accumulate(sizes)], device=x.device)
@@ -72,7 +75,7 @@ def absorb_rows(
     one_over = inverse(counts, like=x)
     near = group_means(rows, component, one_over)
     _subtract(near, rows, groups, component, scratch)
-    # Now about `near`: the differences are exact, and what rounding took from the mean is in theirs.
+    # The differences from `near` are exact, and their means are its rounding error.
     lost = group_means(rows, component, one_over)
     _subtract(lost, rows, groups, component, scratch)
 
@@ -92,8 +95,8 @@ def absorb_rows(
     return total, new_mean, new_residual, work.covariance
 
 
-def complete_(covariance: Tensor) -> Tensor:
-    """Returns the covariance, (K, D, D), with its upper triangle overwritten by the lower one's mirror image."""
+def complete_(covariance: Lower) -> Tensor:
+    """Returns the matrices, (K, D, D), after writing the lower triangle's mirror image to their upper one."""
     D = covariance.shape[-1]
     block = 4 * BLOCK if covariance.is_cuda else BLOCK // 4  # launches are slow on a GPU
     for start in range(0, D, block):
@@ -106,13 +109,13 @@ def complete_(covariance: Tensor) -> Tensor:
     return covariance
 
 
-def pack(covariance: Tensor) -> Tensor:
-    """Returns the lower triangles of (K, D, D) matrices row by row, (K, D (D + 1) / 2)."""
+def pack(covariance: Lower) -> Tensor:
+    """Returns the lower triangles row by row, (K, D (D + 1) / 2)."""
     return covariance.flatten(1).index_select(1, _lower(covariance))
 
 
-def unpack_(packed: Tensor, out: Tensor) -> Tensor:
-    """Writes packed entries to the lower triangles of `out`, (K, D, D), and returns it."""
+def unpack_(packed: Tensor, out: Lower) -> Lower:
+    """Writes packed entries to the lower triangles of `out`, and returns it."""
     out.flatten(1).index_copy_(1, _lower(out), packed)
     return out
 
@@ -125,25 +128,25 @@ def _lower(matrices: Tensor) -> Tensor:
 
 
 def inverse(counts: Sequence[int], *, like: Tensor) -> Tensor:
-    """Returns 1 over each count, and 1 where it is 0 and once more, (K + 1, 1), as `group_means` takes it."""
+    """Returns 1 over each count, 1 if it is 0, and one more 1, (K + 1, 1), for `group_means`."""
     return like.new_tensor([1 / (count or 1) for count in counts] + [1.0])[:, None]
 
 
 def group_means(rows: Tensor, component: Tensor, one_over: Tensor) -> Tensor:
-    """Returns the means of the rows of each component, 0 where there are none, and one row of no meaning: (K + 1, D).
+    """Returns the means of the rows of each component, 0 if there are none, and one meaningless row: (K + 1, D).
 
     Args:
         rows: (M, D).
-        component: (M,) int64; K where the row counts for nothing, and may hold anything.
+        component: (M,) int64; K if the row is ignored, which may then hold anything.
         one_over: (K + 1, 1) from `inverse`, of the number of rows to divide by.
     """
     return rows.new_zeros(one_over.shape[0], rows.shape[1]).index_add_(0, component, rows).mul_(one_over)
 
 
 def _subtract(means: Tensor, rows: Tensor, groups: Sequence[Tensor], component: Tensor, scratch: Tensor) -> None:
-    """Takes each component's mean, (K + 1, D), from its rows; those that belong to nobody may end up as anything."""
+    """Subtracts each component's mean, (K + 1, D), from its rows; ignored rows become undefined."""
     if rows.numel() > LARGE * len(groups):
-        for group, mean in zip(groups, means.unbind(), strict=False):  # the last mean is nobody's
+        for group, mean in zip(groups, means.unbind(), strict=False):  # the last is meaningless
             group.sub_(mean)
     else:
         rows.sub_(torch.index_select(means, 0, component, out=scratch))

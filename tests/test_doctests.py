@@ -1,0 +1,29 @@
+"""Every example in the docstrings of both packages runs and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import mixture_core
+import mixture_torch
+
+MODULES = [
+    info.name
+    for package in (mixture_core, mixture_torch)
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not info.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", [*MODULES, "mixture_torch"])
+def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("name", mixture_core.__all__)
+def test_public_objects_of_the_core_have_an_example(name: str) -> None:
+    assert ">>> " in getattr(mixture_core, name).__doc__
