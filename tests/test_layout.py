@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,15 +131,31 @@ def test_wrapper_has_no_import_cycle() -> None:
         edges = {name: needs - set(leaves) for name, needs in edges.items() if name not in leaves}
 
 
-def test_writers_import_readers_and_not_the_other_way() -> None:
-    assert "mixture_torch.readers" in imported_at_run_time(WRAPPER / "writers.py")
-    for reader in ("readers", "scan", "archive", "torchzip"):
-        names = set(imported(WRAPPER / f"{reader}.py"))
-        assert not names & {"mixture_torch.writers", "mixture_torch.disk"}
+FILES = WRAPPER / "files"
 
 
-def test_disk_knows_nothing_of_the_rest() -> None:
-    assert not [name for name in imported(WRAPPER / "disk.py") if name.split(".")[0] in ("mixture_torch", "torch")]
+@pytest.mark.parametrize("path", files(FILES), ids=ids)
+def test_files_import_nothing_of_the_rest(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "mixture_torch"} | ({"numpy"} if path.stem == "log" else set())
+    ours = [name for name in imported(path) if name.startswith("mixture_torch")]
+    assert [name for name in ours if not name.startswith("mixture_torch.files")] == []
+
+
+@pytest.mark.parametrize("path", files(WRAPPER / "update"), ids=ids)
+def test_updates_never_import_files(path: Path) -> None:
+    assert not [name for name in imported(path) if name.startswith("mixture_torch.files")]
+
+
+@pytest.mark.parametrize("name", ["disk", "lock"])
+def test_disk_and_lock_know_nothing_of_formats(name: str) -> None:
+    assert {module.split(".")[0] for module in imported(FILES / f"{name}.py")} <= set(sys.stdlib_module_names)
+
+
+def test_files_stay_small() -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in files(FILES)}
+    assert sum(sizes.values()) <= 1500
+    assert max(sizes.values()) <= 260
 
 
 @pytest.mark.parametrize("path", sorted(WRAPPER.glob("*.py")), ids=ids)
@@ -160,7 +177,7 @@ def test_collectives_are_in_one_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files(WRAPPER), ids=ids)
 def test_files_are_written_in_one_file(path: Path) -> None:
-    if path == WRAPPER / "disk.py":
+    if path in (FILES / "disk.py", FILES / "lock.py"):
         return
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
@@ -168,7 +185,7 @@ def test_files_are_written_in_one_file(path: Path) -> None:
             assert not {name, name.split(".")[-1]} & WRITING_CALLS, name
             if name.endswith(".save"):  # into memory
                 assert ast.unparse(node.args[1]) == "buffer", ast.unparse(node)
-            if name in {"open", "io.open", "os.open"} or name.endswith(".open"):
+            if name in {"open", "io.open", "os.open"} or (name.endswith(".open") and name != "zipped.open"):
                 mode = [
                     ast.unparse(argument) for argument in (*node.args, *(keyword.value for keyword in node.keywords))
                 ]
@@ -182,7 +199,7 @@ def test_collectives_and_writes_are_where_they_are_looked_for() -> None:
     assert "torch.distributed" in imported_at_run_time(WRAPPER / "distributed.py")
     called = {
         ast.unparse(node.func).removeprefix("os.")
-        for node in ast.walk(tree(WRAPPER / "disk.py"))
+        for node in ast.walk(tree(FILES / "disk.py"))
         if isinstance(node, ast.Call)
     }
     assert {"ftruncate", "fsync"} <= called & WRITING_CALLS

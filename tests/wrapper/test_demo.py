@@ -21,6 +21,7 @@ from mixture_torch.__main__ import main
 from mixture_torch.app.demo import MIXTURE, DemoConfig, epochs_of_views, load_images, prepare, view
 from mixture_torch.app.report import Report, summarise
 from mixture_torch.app.training import Place
+from tests.wrapper.samples import contents
 
 BRIEF = ("--epochs", "2", "--batch-size", "128", "--device", "cpu")
 BRIEF_STEPS = 2 * (1797 // 128)
@@ -228,7 +229,7 @@ def test_demo_on_two_processes_leaves_one_log(cross_rank: str) -> None:
     command = [*torchrun, "-m", "mixture_torch", "demo", *BRIEF, *override, "--out", "run"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     files = ["checkpoint.pt", "config.yaml", "mixture.csv", "mixture_scores.pt"]
-    assert sorted(path.name for path in Path("run").iterdir()) == files
+    assert sorted(contents(Path("run"))) == files
     assert read_log("run")["step"].tolist() == list(range(BRIEF_STEPS))
     rows_per_step = 256 if cross_rank == "true" else 128
     assert {len(entry["responsibilities"]) for entry in read_scores("run")} == {rows_per_step}

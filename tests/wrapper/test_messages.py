@@ -183,13 +183,6 @@ def test_log_step_says_what_is_wrong(tmp_path: Path, name: str, value: Any, kind
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("stats", [None, {}])
-def test_log_step_comes_after_update(tmp_path: Path, stats: Any) -> None:
-    with pytest.raises(ValueError, match=r"^`log_step` must come after `update`, got no statistics to log\.$"):
-        estimator(log_dir=tmp_path / "run").log_step(step=0, epoch=0, stats=stats)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("stats", [X, "stats", {"pi": X[0]}, [1]], ids=["tensor", "text", "part", "list"])
 def test_log_step_says_what_stats_it_wants(tmp_path: Path, stats: Any) -> None:
     wrapper = estimator(log_dir=tmp_path / "run")

@@ -86,7 +86,7 @@ def test_disabled_estimator_checks_its_options_too(name: str, value: Any, kind: 
 
 
 def test_estimator_without_a_folder_stores_no_scores() -> None:
-    with pytest.raises(ValueError, match=r"^`log_dir` must be given where `store_scores` is true, got None\.$"):
+    with pytest.raises(ValueError, match=r"^`log_dir` must be given if `store_scores` is true, got None\.$"):
         estimator(store_scores=True)
 
 
