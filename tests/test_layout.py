@@ -145,6 +145,8 @@ def test_wings_never_import_each_other() -> None:
         for path in files(WRAPPER / wing):
             names = {name.split(".")[1] for name in imported(path) if name.startswith("mixture_torch.")}
             assert not names & {*others, "app"}, path
+            if wing == "files":
+                assert names <= {"files"}, path
 
 
 def test_disk_knows_nothing_of_the_rest() -> None:
@@ -218,3 +220,8 @@ def test_collectives_and_writes_are_found_in_their_files() -> None:
 def test_public_names_exist(package: str, names: str) -> None:
     found = importlib.import_module(package)
     assert [name for name in names.split() if not callable(getattr(found, name, None))] == []
+
+
+def test_no_file_is_long() -> None:
+    sizes = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in [*files(CORE), *files(WRAPPER)]}
+    assert {path: size for path, size in sizes.items() if size > 260} == {}

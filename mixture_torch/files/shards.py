@@ -40,16 +40,17 @@ class ShardFolder:
         self._folder = folder / SHARD_FOLDER
         self._say = say
         self._warned = False
+        self._begun = folder, False  # the file that was written last, and whether it was there before
 
     def write(self, step: int, epoch: int, R: Tensor) -> None:
         """Writes one entry, in place of an earlier one of the same step, which warns once.
 
-        Raises:
-            ValueError: The file in its place is no entry. It is left as it is.
-            OSError: The entry could not be written. An earlier one is as it was.
+        Raises ValueError if the file in its place is no entry, which is then left as it is.
         """
         path = self._folder / SHARD_NAME.format(step)
-        replaces = path.exists()
+        if path != self._begun[0]:  # otherwise what is there may be of this entry, and an interrupt came after it
+            self._begun = path, path.exists()
+        replaces = self._begun[1]
         if replaces:
             load_entry(path)
         own = (

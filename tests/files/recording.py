@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,19 +72,6 @@ def broken(call: str, code: int = errno.ENOSPC) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, fail)
         yield
-
-
-def in_child(action: Callable[[], object]) -> int:
-    """Does something in a forked child, and returns its exit status: 0, or 1 if it raised."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def process(script: str, *arguments: object) -> "subprocess.Popen[str]":

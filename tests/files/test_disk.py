@@ -149,14 +149,6 @@ def test_write_atomically_neither_follows_nor_opens_what_has_the_temporary_name(
     assert contents(tmp_path) == {"file": b"new", "victim": b"mine"}
 
 
-def test_move_keeps_names_and_contents(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("one", "two")]
-    for path in paths:
-        path.write_text(path.name)
-    move(paths, tmp_path / "new" / "folder")
-    assert contents(tmp_path) == {"new/folder/one": b"one", "new/folder/two": b"two"}
-
-
 def test_move_to_another_file_system_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def replace(source: Path, target: Path) -> None:
         if Path(source).parent != Path(target).parent:

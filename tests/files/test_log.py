@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mixture_torch import read_log
 from mixture_torch.files.log import LogFile
-from tests.files.recording import HEADER, said
+from tests.files.recording import HEADER
 from tests.wrapper.samples import contents
 
 COLUMNS = HEADER.decode().strip().split(",")
@@ -106,14 +106,6 @@ def test_torn_row_takes_a_number_that_no_file_has_and_is_moved_once(tmp_path: Pa
     assert not (tmp_path / "mixture.superseded-3.csv").exists()
 
 
-@pytest.mark.parametrize("synced", [b"", HEADER, HEADER + ROW])
-def test_zeros_of_a_power_cut_are_no_rows(tmp_path: Path, synced: bytes) -> None:
-    (tmp_path / "mixture.csv").write_bytes(synced + bytes(len(ROW)))
-    (message,) = log(tmp_path, 1)
-    assert message.endswith("bytes of an unfinished write; they were dropped.")
-    assert (tmp_path / "mixture.csv").read_bytes() == (synced or HEADER) + NEXT
-
-
 # Superseding
 
 POSITIONS = [(0, 0), (1, 5), (0, 1), (2, 0), (0, 9), (1, 1)]  # of several runs
@@ -172,14 +164,6 @@ def test_read_log_gives_back_what_was_appended(
         expected = np.array([row[column] for row in rows], dtype=np.int64 if column < 3 else np.float32)
         assert found[name].dtype == (np.int64 if column < 3 else np.float64)
         np.testing.assert_array_equal(found[name].astype(expected.dtype), expected)  # nine digits tell all float32
-
-
-def test_read_log_leaves_out_a_torn_row_and_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "mixture.csv").write_bytes(HEADER + ROW + b"1,0,8,0.1,0.5,2,")
-    before = contents(tmp_path)
-    with said() as messages:
-        assert read_log(str(tmp_path))["step"].tolist() == [0]
-    assert (messages, contents(tmp_path)) == ([], before)
 
 
 def test_read_log_says_what_is_missing(tmp_path: Path) -> None:

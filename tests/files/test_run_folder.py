@@ -1,12 +1,8 @@
 """A run folder: whose it is, the order of its rows, a disk that fails, and what a resumed run sets aside."""
 
 import errno
-import gc
 import os
-import shutil
-import signal
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ import torch
 
 from mixture_torch import read_log, read_scores
 from mixture_torch.files import run_folder
-from tests.files.recording import HEADER, Writer, broken, in_child, line, places, process, run, said
+from tests.files.recording import HEADER, Writer, broken, line, places, process, run, said
 from tests.wrapper.samples import contents
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -81,7 +77,12 @@ def fork(leave):
 one = Writer(Path(sys.argv[1]), "append")
 one.log(0)
 before = {path.name: path.read_bytes() for path in Path(sys.argv[1]).iterdir()}
-for leave in (one.close, one.flush, lambda: None):
+def is_refused():
+    try:
+        one.log(5)
+    except ValueError as error:
+        assert f"process {os.getppid()} on" in str(error)
+for leave in (one.close, one.flush, lambda: None, is_refused):
     fork(leave)
 print(before == {path.name: path.read_bytes() for path in Path(sys.argv[1]).iterdir()})
 with broken("write"):
@@ -90,27 +91,8 @@ with broken("write"):
 fork(one.flush)
 one.close()
 """
-    assert run(script, tmp_path) == ("0\n0\n0\nTrue\n0\n0\n", "", 0)
+    assert run(script, tmp_path) == ("0\n0\n0\n0\nTrue\n0\n0\n", "", 0)
     assert_holds(tmp_path, 0, 1, mode="append")
-
-
-@needs_fork
-def test_forked_child_logs_only_if_its_parent_has_closed(tmp_path: Path) -> None:
-    def refused() -> None:
-        with pytest.raises(ValueError, match=rf"process {os.getppid()} on .* writes to"):
-            one.log(1)
-
-    def logs() -> None:
-        one.log(1)
-        one.close()
-
-    (one := Writer(tmp_path)).log(0)
-    assert in_child(refused) == 0
-    one.close()
-    assert in_child(logs) == 0
-    one.log(2)
-    one.close()
-    assert places(tmp_path) == [(0, 0), (0, 1), (0, 2)]
 
 
 # Files that are not ours
@@ -179,33 +161,6 @@ def test_threads_take_turns(tmp_path: Path) -> None:
     assert len(torch.load(tmp_path / "mixture_scores.pt")) == 120
 
 
-@modes
-@pytest.mark.parametrize("call", ["write", "ftruncate", "replace", "open"])
-@pytest.mark.parametrize("what", ["flush", "close", "log"])
-def test_call_in_the_middle_of_another_is_done_by_that_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, call: str, what: str
-) -> None:
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if pending:
-            pending.clear()
-            one.log(9) if what == "log" else getattr(one, what)()
-        return original(*arguments, **options)
-
-    original, pending = getattr(os, call), [what]
-    one = Writer(tmp_path, mode)
-    one.log(0)
-    one.flush()
-    monkeypatch.setattr(os, call, interrupted)
-    with said():
-        one.log(1)
-        if mode == "append" and what != "log" and not pending:
-            assert len(torch.load(tmp_path / "mixture_scores.pt")) == 2
-        one.close()
-    later = [9] if what == "log" and not pending else []
-    assert sorted(step for _, step in places(tmp_path)) == [0, 1, *later]
-    assert len(read_scores(tmp_path) if mode else [0, 1, *later]) == 2 + len(later)
-
-
 # The order of rows
 
 
@@ -253,48 +208,6 @@ def test_fault_is_warned_about_once_and_made_good(
     kept = "rows are kept in memory and tried again at every `log_step` and `flush`."
     assert messages == [f"`{tmp_path / 'run'}` could not be written ({cause}): {kept}"] * 2
     assert_holds(tmp_path / "run", *range(8), mode=mode)
-
-
-def test_entry_that_was_written_is_not_written_again_with_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rows_fail(fd: int, data: bytes) -> int:
-        if bytes(data) in (line(1), line(2)):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(fd, data)
-
-    write = os.write
-    (one := Writer(tmp_path, "append")).log(0)
-    with monkeypatch.context() as patch, said():
-        patch.setattr(os, "write", rows_fail)
-        one.log(1, 2)
-        one.flush()
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1]
-    one.close()
-    assert_holds(tmp_path, 0, 1, 2, mode="append")
-
-
-@modes
-@pytest.mark.parametrize("change", ["deleted", "moved", "a file"])
-def test_folder_that_is_gone_is_made_anew(tmp_path: Path, mode: str | None, change: str) -> None:
-    folder = tmp_path / "run"
-    (one := Writer(folder, mode)).log(0)
-    folder.rename(tmp_path / "moved")
-    if change == "deleted":
-        shutil.rmtree(tmp_path / "moved")
-    with said() as messages:
-        if change == "a file":
-            folder.write_text("a file")
-            one.log(1)
-            folder.unlink()
-        else:
-            one.log(1)
-        one.log(2)
-        one.close()
-    names = ["mixture.csv", "mixture_scores.pt"] if mode == "append" else ["mixture.csv"]
-    gone = [f"`{folder / name}` was moved or deleted; a new one is begun." for name in names]
-    assert [message for message in messages if "(File exists)" not in message] == gone
-    assert_holds(folder, 1, 2, mode=mode)
 
 
 @pytest.mark.parametrize("later", ["log", "flush", "close"])
@@ -381,41 +294,6 @@ def test_responsibilities_are_kept_as_they_were(tmp_path: Path) -> None:
     assert read_scores(tmp_path)[0]["responsibilities"].tolist() == [[1.0] * 3] * 2
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
-@modes
-def test_interrupts_at_any_instant_lose_nothing_and_double_nothing(tmp_path: Path, mode: str | None) -> None:
-    armed: list[bool] = []
-
-    def interrupt(*_: object) -> None:
-        if armed:
-            armed.clear()
-            raise KeyboardInterrupt
-
-    def goes_through(step: int) -> bool:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 1e-5 + 1e-6 * (step * 7 % 400))
-            armed.append(True)
-            one.log(step)
-            armed.clear()
-        except KeyboardInterrupt:
-            return False
-        return True
-
-    one = Writer(tmp_path, mode)
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with said():
-            logged = {step for step in range(400) if goes_through(step)}
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    one.close()
-    found = [step for _, step in places(tmp_path)]
-    assert len(logged) < 390
-    assert logged <= set(found)
-    assert_holds(tmp_path, *sorted(set(found)), mode=mode)
-
-
 # Superseding
 
 
@@ -477,47 +355,3 @@ def test_resumed_run_goes_on_in_linked_files(tmp_path: Path) -> None:
     assert places(tmp_path) == [(0, step) for step in range(6)]
     assert [entry["step"] for entry in torch.load(tmp_path / "real" / "mixture_scores.pt")] == list(range(6))
     assert (tmp_path / "mixture.csv").is_symlink()
-
-
-def test_foreign_scores_are_left_by_a_resumed_run_with_a_warning(tmp_path: Path) -> None:
-    (one := Writer(tmp_path)).log(0, value=1.0)
-    one.close()
-    (tmp_path / "mixture_scores.pt").write_bytes(b"foreign")
-    with said() as messages:
-        (one := Writer(tmp_path, resumes=True)).log(0)
-        one.close()
-    assert (tmp_path / "mixture_scores.pt").read_bytes() == b"foreign"
-    assert_holds(tmp_path, 0, mode=None)
-    assert [message.endswith("It was left as it is.") for message in messages] == [True, False]
-
-
-def test_row_given_twice_counts_once(tmp_path: Path) -> None:
-    one = Writer(tmp_path, "append")
-    row = run_folder.Row(0, 0, 3, 0.25, 0.5, 0.0, 0.0, torch.ones(4, 3))
-    one.open()
-    with said(), broken("write"):
-        one.write(row)
-        one.write(row)
-    one.write(row)
-    one.write(row)
-    one.close()
-    assert_holds(tmp_path, 0, mode="append")
-
-
-def test_collection_in_the_middle_of_a_write_takes_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(fd: int, data: bytes) -> int:
-        while leaving:
-            leaving.pop()()
-            gc.collect()
-        return original(fd, data)
-
-    (one := Writer(tmp_path, "append")).log(0)
-    with said():
-        (other := Writer(tmp_path, "append")).log(1)
-    original = os.write
-    leaving: list[Callable[[], None]] = [lambda: other.close(for_good=True)]
-    monkeypatch.setattr(os, "write", write)
-    one.log(2)
-    one.close()
-    assert_holds(tmp_path, 0, 1, 2, mode="append")
-    assert not (tmp_path / "mixture.lock").read_bytes()

@@ -3,11 +3,9 @@
 import os
 import shutil
 import tempfile
-import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixture_torch import read_scores
-from mixture_torch.files import scores
 from mixture_torch.files.scores import ScoresFile
 from mixture_torch.files.scores_format import HEADER, INDEX, archive, pack, scan, tail
 from tests.files.conftest import Disk
@@ -123,13 +120,6 @@ def test_file_goes_on_beyond_4_gib(tmp_path: Path, way: dict[str, bool]) -> None
         assert zipped.infolist()[3].header_offset == 5 * 2**30
 
 
-def test_file_of_many_entries_names_each_of_them(tmp_path: Path) -> None:
-    many: Any = ({"step": n, "epoch": 0, "responsibilities": torch.full((1, 1), float(n))} for n in range(9000))
-    (tmp_path / "many.pt").write_bytes(b"".join(archive(many)))
-    found = torch.load(tmp_path / "many.pt")
-    assert [(entry["step"], entry["responsibilities"].item()) for entry in found] == [(n, n) for n in range(9000)]
-
-
 # Appending
 
 
@@ -189,21 +179,6 @@ def test_entries_are_float32_without_gradient_whatever_the_default_device(tmp_pa
     assert (stored.dtype, stored.device.type, stored.requires_grad) == (torch.float32, "cpu", False)
 
 
-def test_append_writes_the_same_whatever_came_before_and_keeps_little_in_memory(tmp_path: Path) -> None:
-    file, path, R = opened(tmp_path), tmp_path / "mixture_scores.pt", torch.zeros(1, 1)
-    file.append_entry(0, 0, R)
-    sizes = [path.stat().st_size]
-    tracemalloc.start()
-    for step in range(1, 2001):
-        file.append_entry(step, 0, R)
-        sizes.append(path.stat().st_size)
-    grown, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    file.close()
-    assert {after - before for before, after in pairwise(sizes)} == {RECORD}
-    assert grown < 2000 * 150  # 44 bytes of index, and the sizes listed here
-
-
 def test_flush_without_news_does_no_work(tmp_path: Path) -> None:
     file = opened(tmp_path)
     file.append_entry(0, 0, torch.zeros(1, 1))
@@ -212,20 +187,6 @@ def test_flush_without_news_does_no_work(tmp_path: Path) -> None:
     file.flush()
     assert (tmp_path / "mixture_scores.pt").stat() == before
     file.close()
-
-
-def test_nothing_is_read_again_after_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: list[int] = []
-    monkeypatch.setattr(
-        scores, "scan", lambda path, say, *, start: (starts.append(start), scan(path, say, start=start))[1]
-    )
-    file = opened(tmp_path)
-    for step in range(3):
-        file.append_entry(step, 0, torch.zeros(1, 1))
-        file.flush()
-        file.close()
-    assert starts == [START + RECORD, START + 2 * RECORD]
-    assert listed(tmp_path) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kept", [0, 400])
@@ -326,15 +287,6 @@ def test_damaged_record_is_skipped_with_a_warning_and_kept_on_disk(tmp_path: Pat
         assert (tmp_path / "mixture_scores.pt").read_bytes().startswith(damaged[: START + 3 * RECORD])
 
 
-def test_records_behind_a_hole_are_found(tmp_path: Path) -> None:
-    path = leave(tmp_path, *range(9))
-    data = path.read_bytes()
-    path.write_bytes(data[:1000] + bytes(800) + data[1800:])
-    with pytest.warns(UserWarning, match="is damaged: skipped 1024 bytes at"):
-        write(tmp_path, 9)
-    assert len(listed(tmp_path)) == 6
-
-
 @pytest.mark.parametrize("place", [0, 300, START + 3])
 def test_damaged_header_is_mended(tmp_path: Path, place: int) -> None:
     path = leave(tmp_path, 0, 1, flushed=True)
@@ -343,15 +295,6 @@ def test_damaged_header_is_mended(tmp_path: Path, place: int) -> None:
     with pytest.warns(UserWarning, match="is damaged: skipped"):
         write(tmp_path, 2)
     assert listed(tmp_path) == ([0, 1, 2] if place < START else [1, 2])
-
-
-def test_zeros_of_a_power_cut_are_no_record(tmp_path: Path) -> None:
-    for before in ([], [0, 1]):
-        with leave(tmp_path, *before).open("ab") as file:
-            file.write(bytes(4096))
-        with pytest.warns(UserWarning, match="ended in 4096 bytes"):
-            write(tmp_path, 5)
-        assert listed(tmp_path) == [*before, 5]
 
 
 @pytest.mark.parametrize("front", [b"?" * 64, HEADER + bytes(64)], ids=["without_header", "with_header"])
