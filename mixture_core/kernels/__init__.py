@@ -1,28 +1,31 @@
 """Triton kernels for hard assignments and their moments, for float32 embeddings on CUDA.
 
 A step made of them never waits for the GPU. It allocates by `torch.empty` alone, so a CUDA graph can capture it, and
-it repeats bit for bit: no two programs add to the same number. Without Triton the modules can be imported, and
-`usable_on` returns False. Arguments are not checked: float32 and contiguous, indices int32, all on one device. A kernel
-is compiled for each D and K, not for each N.
+it repeats bit for bit: no two programs add to the same number. Without Triton, or with a build of torch for CPUs alone,
+the modules can be imported, and `usable_on` returns False. Arguments are not checked: float32 and contiguous, indices
+int32, all on one device. A kernel is compiled for each D and K, not for each N.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-tl: Any
-try:
-    import triton
-    from triton import language
-except ImportError:
-    AVAILABLE, tl = False, None
-else:
-    AVAILABLE, tl = True, language
+AVAILABLE = False
+tl: Any = None
+# Triton takes 0.2 s or more to import, and a build of torch without GPUs needs it only to test the kernels.
+if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
+    with suppress(ImportError):
+        import triton
+        from triton import language
+
+        AVAILABLE, tl = True, language
 
 MAX_K = 65_535  # rows of a grid
 

@@ -4,6 +4,8 @@ The interpreter must be chosen before Triton is imported, so that without a GPU 
 of their own.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from mixture_core.kernels.moments import absorb as absorb_by_kernels
 from mixture_core.kernels.summary import summary
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, relative_error
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
 READY = kernels.INTERPRETED or DEVICE == "cuda"
 SHAPES = [(300, 3, 5), (67, 65, 3), (150, 130, 2), (40, 1, 1), (1, 3, 2), (3, 2, 20), (130, 4, 70), (0, 3, 2)]
@@ -32,12 +35,12 @@ needs_kernels = pytest.mark.skipif(not READY, reason="runs on a GPU or in the in
 
 def interprets() -> bool:
     """Whether Triton's interpreter works here: that of 3.6 and before does not with NumPy 2.3 and after."""
-    major, minor = (int(part) for part in kernels.triton.__version__.split(".")[:2])
+    major, minor = (int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     return (major, minor) >= (3, 7) or tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 3)
 
 
-@pytest.mark.skipif(READY or not kernels.AVAILABLE, reason="no Triton, or no need for a process of their own")
-@pytest.mark.skipif(kernels.AVAILABLE and not interprets(), reason="Triton's interpreter and NumPy do not go together")
+@pytest.mark.skipif(READY or not INSTALLED, reason="no Triton, or no need for a process of their own")
+@pytest.mark.skipif(INSTALLED and not interprets(), reason="Triton's interpreter and NumPy do not go together")
 def test_kernels_pass_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(Path(__file__).resolve())]
     root = Path(__file__).resolve().parents[2]
@@ -401,7 +404,6 @@ def test_kernels_can_be_held_by_a_graph() -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.skipif(not kernels.AVAILABLE, reason="no Triton")
 def test_a_gpu_for_which_nothing_can_be_compiled_is_told_of_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore of it.")
