@@ -111,7 +111,7 @@ def test_core_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_torch_attrs_and_the_standard_library_alone(path: Path) -> None:
     standard = "__future__ collections functools itertools math numbers reprlib typing warnings"
-    extra = {"testing": {"hypothesis"}, "kernels": {"triton"}}.get(module(path), set())
+    extra = {"testing": {"hypothesis"}, "kernels": {"triton", "os", "contextlib"}}.get(module(path), set())
     assert {name.split(".")[0] for name in imported(path)} <= {
         "torch",
         "attrs",
