@@ -83,10 +83,11 @@ def test_forward_and_reverse_derivatives_agree(config: MixtureConfig, name: str)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_hessian_of_trace_B_equals_finite_differences_of_its_gradient(config: MixtureConfig) -> None:
+@pytest.mark.parametrize("name", ["trace_B", "participation_ratio"])
+def test_hessian_of_a_scalar_equals_finite_differences_of_its_gradient(config: MixtureConfig, name: str) -> None:
     state, x, labels = problem(config)
-    gradient = grad(reading(state, labels, "trace_B"))
-    actual = hessian(reading(state, labels, "trace_B"))(x)
+    gradient = grad(reading(state, labels, name))
+    actual = hessian(reading(state, labels, name))(x)
     assert relative_error(actual, differences(gradient, x)) <= FINITE_DIFFERENCES
     assert not actual[BAD].any()
     assert not actual[:, :, BAD].any()

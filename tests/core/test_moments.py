@@ -96,6 +96,11 @@ def test_batch_moments_in_float64_equal_the_oracle(x: Tensor, data: st.DataObjec
     assert_moments_close(batch_moments(x, R), oracle_batch_moments(x, R), FLOAT64)
 
 
+def test_rows_of_weight_1_in_two_components_count_for_both() -> None:
+    x, R = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), torch.ones(6, 2)
+    assert_moments_close(batch_moments(x, R), oracle_batch_moments(x, R), FLOAT32)
+
+
 def test_statistics_of_two_points_equal_those_by_hand() -> None:
     moments = batch_moments(torch.tensor([[0.0, 2.0], [4.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     assert moments.pi.tolist() == [0.25, 0.75]
