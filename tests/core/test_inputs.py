@@ -22,6 +22,8 @@ from mixture_core import (
 )
 from tests.core.common import assert_same_bits, gaussians
 
+ONE = "add a dimension with x[None] for one sample, or x[:, None] for one feature."
+THREE = "flatten (N, T, D) with x.flatten(0, 1) to take each position as a sample, or average positions with x.mean(1)."
 SUPERVISED = MixtureConfig(K=3, assigner="label_supervised")
 
 
@@ -125,23 +127,31 @@ def test_numpy_array_is_not_shared() -> None:
 X, L, GENERATOR = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64), torch.Generator()
 REALS = "must be real numbers, got"
 MESSAGES = [
-    (lambda s: step(s, [[1.0, 2.0]]), TypeError, "`embeddings` must be a tensor or a NumPy array, got list."),
+    (
+        lambda s: step(s, [[1.0, 2.0]]),
+        TypeError,
+        "`embeddings` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(embeddings).",
+    ),
     (lambda s: step(s, None), TypeError, "`embeddings` must be a tensor or a NumPy array, got NoneType."),
     (lambda s: assign(s, 3.0), TypeError, "`embeddings` must be a tensor or a NumPy array, got float."),
     (lambda s: step(s, X.to(torch.complex64)), TypeError, f"`embeddings` {REALS} torch.complex64."),
     (lambda s: init(s.config, X.numpy().astype("complex128")), TypeError, f"`embeddings` {REALS} torch.complex128."),
     (lambda s: step(s, X[0]), ValueError, "`embeddings` must have shape (N, 4), got (4,)."),
-    (lambda s: step(s, X[None]), ValueError, "`embeddings` must have shape (N, 4), got (1, 5, 4)."),
+    (lambda s: step(s, X[None]), ValueError, "`embeddings` must have shape (N, 4), got (1, 5, 4); " + THREE),
     (lambda s: step(s, X[:, :3]), ValueError, "`embeddings` must have shape (N, 4), got (5, 3)."),
     (lambda s: assign(s, X[:, :0]), ValueError, "`embeddings` must have shape (N, 4), got (5, 0)."),
     (lambda s: init(s.config, X[:, :0]), ValueError, "`embeddings` must have shape (N, D >= 1), got (5, 0)."),
-    (lambda s: init(s.config, X[0]), ValueError, "`embeddings` must have shape (N, D >= 1), got (4,)."),
+    (lambda s: init(s.config, X[0]), ValueError, "`embeddings` must have shape (N, D >= 1), got (4,); " + ONE),
     (
         lambda s: step(s, X),
         ValueError,
         "`labels` must be given where responsibilities come from labels: (5,) integers, got None.",
     ),
-    (lambda s: step(s, X, [0] * 5), TypeError, "`labels` must be a tensor or a NumPy array, got list."),
+    (
+        lambda s: step(s, X, [0] * 5),
+        TypeError,
+        "`labels` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(labels).",
+    ),
     (lambda s: step(s, X, L.float()), TypeError, "`labels` must be integers, got torch.float32."),
     (lambda s: assign(s, X, L.bool()), TypeError, "`labels` must be integers, got torch.bool."),
     (lambda s: init(s.config, X, L.double()), TypeError, "`labels` must be integers, got torch.float64."),
@@ -149,22 +159,30 @@ MESSAGES = [
     (lambda s: step(s, X, L[:, None]), ValueError, "`labels` must have shape (5,), one per embedding, got (5, 1)."),
     (lambda s: init(s.config, X, L[:0]), ValueError, "`labels` must have shape (5,), one per embedding, got (0,)."),
     (lambda s: batch_moments("x", X), TypeError, "`x` must be a tensor or a NumPy array, got str."),
-    (lambda s: batch_moments(X, [1]), TypeError, "`R` must be a tensor or a NumPy array, got list."),
+    (
+        lambda s: batch_moments(X, [1]),
+        TypeError,
+        "`R` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(R).",
+    ),
     (lambda s: batch_moments(X, X[:3]), ValueError, "`R` must have shape (5, K), one row per embedding, got (3, 4)."),
     (lambda s: batch_moments(X, X[:, 0]), ValueError, "`R` must have shape (5, K), one row per embedding, got (5,)."),
-    (lambda s: lloyd(X[0], X, iterations=1), ValueError, "`x` must have shape (N, D >= 1), got (4,)."),
+    (lambda s: lloyd(X[0], X, iterations=1), ValueError, "`x` must have shape (N, D >= 1), got (4,); " + ONE),
     (lambda s: lloyd(X, X, iterations=0), ValueError, "`iterations` must be at least 1, got 0."),
-    (lambda s: lloyd(X, [1], iterations=1), TypeError, "`centroids` must be a tensor or a NumPy array, got list."),
+    (
+        lambda s: lloyd(X, [1], iterations=1),
+        TypeError,
+        "`centroids` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(centroids).",
+    ),
     (lambda s: kmeans_plusplus(X, 0, generator=GENERATOR), ValueError, "`K` must be at least 1, got 0."),
     (
         lambda s: kmeans_plusplus(X[0], 1, generator=GENERATOR),
         ValueError,
-        "`x` must have shape (N, D >= 1), got (4,).",
+        "`x` must have shape (N, D >= 1), got (4,); " + ONE,
     ),
     (
         lambda s: responsibilities_from_labels([1], 2),
         TypeError,
-        "`labels` must be a tensor or a NumPy array, got list.",
+        "`labels` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(labels).",
     ),
     (lambda s: responsibilities_from_labels(X[0], 2), TypeError, "`labels` must be integers, got torch.float32."),
 ]
