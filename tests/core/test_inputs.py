@@ -24,6 +24,12 @@ from tests.core.common import assert_same_bits, gaussians
 
 ONE = "add a dimension with x[None] for one sample, or x[:, None] for one feature."
 THREE = "flatten (N, T, D) with x.flatten(0, 1) to take each position as a sample, or average positions with x.mean(1)."
+
+
+def got_list(name: str) -> str:
+    return f"`{name}` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor({name})."
+
+
 SUPERVISED = MixtureConfig(K=3, assigner="label_supervised")
 
 
@@ -130,13 +136,13 @@ MESSAGES = [
     (
         lambda s: step(s, [[1.0, 2.0]]),
         TypeError,
-        "`embeddings` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(embeddings).",
+        got_list("embeddings"),
     ),
     (lambda s: step(s, None), TypeError, "`embeddings` must be a tensor or a NumPy array, got NoneType."),
     (lambda s: assign(s, 3.0), TypeError, "`embeddings` must be a tensor or a NumPy array, got float."),
     (lambda s: step(s, X.to(torch.complex64)), TypeError, f"`embeddings` {REALS} torch.complex64."),
     (lambda s: init(s.config, X.numpy().astype("complex128")), TypeError, f"`embeddings` {REALS} torch.complex128."),
-    (lambda s: step(s, X[0]), ValueError, "`embeddings` must have shape (N, 4), got (4,)."),
+    (lambda s: step(s, X[0]), ValueError, "`embeddings` must have shape (N, 4), got (4,); " + ONE),
     (lambda s: step(s, X[None]), ValueError, "`embeddings` must have shape (N, 4), got (1, 5, 4); " + THREE),
     (lambda s: step(s, X[:, :3]), ValueError, "`embeddings` must have shape (N, 4), got (5, 3)."),
     (lambda s: assign(s, X[:, :0]), ValueError, "`embeddings` must have shape (N, 4), got (5, 0)."),
@@ -150,7 +156,7 @@ MESSAGES = [
     (
         lambda s: step(s, X, [0] * 5),
         TypeError,
-        "`labels` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(labels).",
+        got_list("labels"),
     ),
     (lambda s: step(s, X, L.float()), TypeError, "`labels` must be integers, got torch.float32."),
     (lambda s: assign(s, X, L.bool()), TypeError, "`labels` must be integers, got torch.bool."),
@@ -162,7 +168,7 @@ MESSAGES = [
     (
         lambda s: batch_moments(X, [1]),
         TypeError,
-        "`R` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(R).",
+        got_list("R"),
     ),
     (lambda s: batch_moments(X, X[:3]), ValueError, "`R` must have shape (5, K), one row per embedding, got (3, 4)."),
     (lambda s: batch_moments(X, X[:, 0]), ValueError, "`R` must have shape (5, K), one row per embedding, got (5,)."),
@@ -171,7 +177,7 @@ MESSAGES = [
     (
         lambda s: lloyd(X, [1], iterations=1),
         TypeError,
-        "`centroids` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(centroids).",
+        got_list("centroids"),
     ),
     (lambda s: kmeans_plusplus(X, 0, generator=GENERATOR), ValueError, "`K` must be at least 1, got 0."),
     (
@@ -182,7 +188,7 @@ MESSAGES = [
     (
         lambda s: responsibilities_from_labels([1], 2),
         TypeError,
-        "`labels` must be a tensor or a NumPy array, got list; convert it with torch.as_tensor(labels).",
+        got_list("labels"),
     ),
     (lambda s: responsibilities_from_labels(X[0], 2), TypeError, "`labels` must be integers, got torch.float32."),
 ]
