@@ -368,7 +368,7 @@ class MixtureStats:
             with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                 report = Report.of(stats)
         R = responsibilities_of(stats) if self._recorder.scores_mode else None
-        self._logged.expect(Logged(report, R, partial(_row, step, epoch, report.K, self._resumes)))
+        self._logged.expect(Logged(report, R, partial(Row, step, epoch, report.K, resumes=self._resumes)))
 
     def _settle(self, *, but: int = 0) -> None:
         """Writes what has been logged and says what there is to say, except for that many of the latest updates."""
@@ -411,11 +411,6 @@ def _recorder(
     scores_mode = config.scores_mode if config.store_scores else None
     writes = partial(is_main_rank, group) if is_main is None else partial(bool, is_main)
     return Recorder(log_dir, scores_mode=scores_mode, writes=writes, strict=config.strict)
-
-
-def _row(step: int, epoch: int, K: int, resumes: bool, figures: list[float], R: Tensor | None) -> Row:
-    pi_min, pi_max, trace_B, opnorm_B = figures
-    return Row(step, epoch, K, pi_min, pi_max, trace_B, opnorm_B, R, resumes)
 
 
 def _write(recorder: Recorder, logged: Logged[Row]) -> None:
