@@ -294,13 +294,6 @@ def test_damaged_header_is_mended(tmp_path: Path, place: int) -> None:
     assert listed(tmp_path) == ([0, 1, 2] if place < START else [1, 2])
 
 
-@pytest.mark.parametrize("front", [b"?" * 64, HEADER + bytes(64)], ids=["without_header", "with_header"])
-def test_record_that_says_it_is_elsewhere_is_not_believed(tmp_path: Path, front: bytes) -> None:
-    path = leave(tmp_path, 0, 1)
-    path.write_bytes(front + path.read_bytes()[START:])
-    assert list(scan(path, print)) == []
-
-
 @pytest.mark.parametrize("beside", ["flush", "append"])
 def test_reader_beside_a_writer_finds_all_that_was_there(tmp_path: Path, beside: str) -> None:
     file = opened(tmp_path)
