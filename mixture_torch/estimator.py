@@ -223,18 +223,20 @@ class MixtureStats:
         return stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
-        """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
+        """Appends one row to `mixture.csv` and, with `store_scores`, the responsibilities to their file.
 
-        Does nothing where the estimator is disabled, without a `log_dir`, and on other ranks than the main one.
+        Does nothing if the estimator is disabled or has no `log_dir`, on other ranks than the main one, and, with one
+        warning, if there has been no `update`.
 
         Args:
             step: The training step, at least 0.
             epoch: The epoch, at least 0.
-            stats: What `update` returned; None is the last.
+            stats: What `update` returned; None is the last. A mapping made by hand needs `pi` and `B`, and `R` if
+                responsibilities are stored.
 
         Raises:
             TypeError: `step` or `epoch` is no integer, or `stats` no mapping.
-            ValueError: One of them is negative, there has been no update, a file in `log_dir` is not ours, or another
+            ValueError: One of them is negative, `stats` lack something, a file in `log_dir` is not ours, or another
                 process writes there.
             OSError: `strict`, and the row could not be written; it is kept, and written with the next.
         """
