@@ -172,18 +172,20 @@ class MixtureStats(View):
         return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
-        """Appends one row to `mixture.csv`, and the responsibilities to their file where `store_scores` says so.
+        """Appends one row to `mixture.csv` and, with `store_scores`, the responsibilities to their file.
 
-        Does nothing where the estimator is disabled, without a `log_dir`, and on other ranks than the main one.
+        Does nothing if the estimator is disabled or has no `log_dir`, on other ranks than the main one, and, with one
+        warning, if there has been no `update`.
 
         Args:
             step: The training step, at least 0.
             epoch: The epoch, at least 0.
-            stats: What `update` returned; None is the last.
+            stats: What `update` returned; None is the last. A mapping made by hand needs `pi` and `B`, and `R` if
+                responsibilities are stored.
 
         Raises:
             TypeError: `step` or `epoch` is no integer, or `stats` no mapping.
-            ValueError: One of them is negative, there has been no update, a file in `log_dir` is not ours, or another
+            ValueError: One of them is negative, `stats` lack something, a file in `log_dir` is not ours, or another
                 process writes there.
             OSError: `strict`, and the row could not be written; it is kept, and written with the next.
         """
@@ -264,7 +266,7 @@ class MixtureStats(View):
             with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                 report = Report.of(stats)
         R = responsibilities_of(stats) if self._recorder.scores_mode else None
-        self._logged.expect(Logged(report, R, partial(_row, step, epoch, report.K, self._resumes)))
+        self._logged.expect(Logged(report, R, partial(Row, step, epoch, report.K, resumes=self._resumes)))
 
     def _settle(self, *, but: int = 0) -> None:
         """Writes what has been logged and says what there is to say, except for that many of the latest updates."""
@@ -307,11 +309,6 @@ def _recorder(
     scores_mode = config.scores_mode if config.store_scores else None
     writes = partial(is_main_rank, group) if is_main is None else partial(bool, is_main)
     return Recorder(log_dir, scores_mode=scores_mode, writes=writes, strict=config.strict)
-
-
-def _row(step: int, epoch: int, K: int, resumes: bool, figures: list[float], R: Tensor | None) -> Row:
-    pi_min, pi_max, trace_B, opnorm_B = figures
-    return Row(step, epoch, K, pi_min, pi_max, trace_B, opnorm_B, R, resumes)
 
 
 def _write(recorder: Recorder, logged: Logged[Row]) -> None:

@@ -1,6 +1,6 @@
 """All changes on disk: files that grow by whole pieces, and files that are replaced as a whole.
 
-Nothing here knows what is in a file. `GrowingFile.append` hands a piece to the operating system before it returns, and
+Nothing here knows what is in a file. `GrowingFile.put` hands a piece to the operating system before it returns, and
 takes back a piece that does not fit. `write_atomically` gives a file its name when its content is complete.
 """
 
@@ -16,8 +16,8 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 class GrowingFile:
     """A file that grows by whole pieces. What stands behind the last piece is overwritten by the next one.
 
-    A subclass says in `look` how much of an existing file is whole pieces. The file is opened by the first `append`,
-    and again after `close` or if somebody moved, deleted or changed it.
+    A subclass says in `look` how much of an existing file is whole pieces. Call `open` before each `put`: it does
+    nothing unless the file was closed, or somebody moved, deleted or changed it.
 
     Args:
         path: The file. Missing parent folders are made.
@@ -63,7 +63,7 @@ class GrowingFile:
             if self._size > end and not self.has_tail:
                 self._cut()
             if not end:
-                self._put(self._header)
+                self.put(self._header)
         except BaseException:
             self.close()
             raise
@@ -72,15 +72,27 @@ class GrowingFile:
             self._vanished = False
             self._say(f"`{self.path}` was moved or deleted; a new one is begun.")
 
-    def append(self, piece: bytes) -> None:
-        """Hands a piece to the operating system; if it cannot be written, the file is as it was."""
-        self.open()
-        self._put(piece)
+    def put(self, data: bytes | memoryview, *, is_tail: bool = False) -> None:
+        """Hands a piece or a tail to the operating system; on a fault the file is as it was. It must be open."""
+        assert self._fd is not None
+        try:
+            if self._size > self.end:
+                self._cut()
+            self._size += _write(self._fd, data)
+        except BaseException:
+            self._undone = self.end
+            try:
+                os.ftruncate(self._fd, self.end)
+            finally:
+                self.close()  # the next `open` looks at what is there
+            raise
+        if not is_tail:
+            self.end = self._size
 
     def finish(self, tail: bytes | memoryview) -> None:
         """Puts a tail behind the last piece and waits until the disk has the file."""
         self.open()
-        self._put(tail, is_tail=True)
+        self.put(tail, is_tail=True)
         self.sync()
 
     def cut(self, size: int) -> None:
@@ -107,22 +119,6 @@ class GrowingFile:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return (status.st_dev, status.st_ino) == self._place and status.st_size == self._size
-
-    def _put(self, data: bytes | memoryview, *, is_tail: bool = False) -> None:
-        assert self._fd is not None
-        try:
-            if self._size > self.end:
-                self._cut()
-            self._size += _write(self._fd, data)
-        except BaseException:
-            self._undone = self.end
-            try:
-                os.ftruncate(self._fd, self.end)
-            finally:
-                self.close()  # the next `open` looks at what is there
-            raise
-        if not is_tail:
-            self.end = self._size
 
     def _cut(self) -> None:
         assert self._fd is not None

@@ -81,10 +81,9 @@ class LogFile(GrowingFile):
         return lines.size
 
     def append_row(self, step: int, epoch: int, K: int, figures: tuple[float, float, float, float]) -> None:
-        """Writes one row, which is in the file on return: step, epoch, K; pi_min, pi_max, trace_B and opnorm_B."""
-        self.open()
+        """Writes one row to the open file: step, epoch, K; pi_min, pi_max, trace_B and opnorm_B."""
         row = f"{step:d},{epoch:d},{K:d},{','.join(f'{figure:.9g}' for figure in figures)}".encode("ascii")
-        self.append(row + self._line_end)
+        self.put(row + self._line_end)
         self.last = epoch, step
 
     def steps_from(self, position: Position) -> set[int]:

@@ -50,10 +50,9 @@ class ScoresFile(GrowingFile):
             super().open()
 
     def append_entry(self, step: int, epoch: int, R: Tensor) -> None:
-        """Writes one entry, which `read_scores` finds from now on."""
-        self.open()
+        """Writes one entry to the open file, (N, K), which `read_scores` finds from now on."""
         record, data = pack(self.end, step, epoch, R)
-        self._put(data)
+        self.put(data)
         self._index += INDEX.pack(*record)
 
     def supersede(self, position: tuple[int, int], number: int) -> int:

@@ -140,10 +140,10 @@ class Logged(Generic[T]):
     Args:
         report: Its figures.
         R: (N, K) responsibilities to be stored, which are sent off; None if they are not to be.
-        make: Makes a row of the figures and of R on the host.
+        make: Makes a row of the four figures and of R on the host.
     """
 
-    def __init__(self, report: Report, R: Tensor | None, make: Callable[[list[float], Tensor | None], T]) -> None:
+    def __init__(self, report: Report, R: Tensor | None, make: Callable[..., T]) -> None:
         self._report, self._make = report, make
         self._R = None if R is None else _to_host(R)
         self._arrived = None if R is None else _sent(R)
@@ -163,7 +163,7 @@ class Logged(Generic[T]):
     def row(self) -> T:
         """The row, always the same one. Everything must be here."""
         if self._row is None:
-            self._row = self._make(self._report.figures, self._R)
+            self._row = self._make(*self._report.figures, R=self._R)
         return self._row
 
 

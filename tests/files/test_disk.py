@@ -20,6 +20,10 @@ class Pieces(GrowingFile):
         super().__init__(path, header=b"HEAD", say=say)
         self.has_tail = has_tail
 
+    def write(self, piece: bytes) -> None:
+        self.open()
+        self.put(piece)
+
     def look(self) -> int:
         if not self.path.exists():
             return 0
@@ -33,7 +37,7 @@ def test_growing_file_makes_nothing_before_the_first_piece(tmp_path: Path) -> No
     file.sync()
     file.close()
     assert not (tmp_path / "folder").exists()
-    file.append(b"1111")
+    file.write(b"1111")
     assert contents(tmp_path) == {"folder/file": b"HEAD1111"}
     file.close()
 
@@ -41,21 +45,21 @@ def test_growing_file_makes_nothing_before_the_first_piece(tmp_path: Path) -> No
 def test_growing_file_goes_on_in_a_file_of_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"HEAD1111222")
     file = Pieces(tmp_path / "file")
-    file.append(b"3333")
+    file.write(b"3333")
     file.close()
-    file.append(b"4444")
+    file.write(b"4444")
     file.close()
     assert contents(tmp_path) == {"file": b"HEAD111133334444"}
 
 
 def test_growing_file_overwrites_a_tail_by_what_comes_next(tmp_path: Path) -> None:
     file = Pieces(tmp_path / "file", has_tail=True)
-    file.append(b"1111")
+    file.write(b"1111")
     file.finish(b"the end")
     assert (contents(tmp_path), file.end) == ({"file": b"HEAD1111the end"}, 8)
     file.finish(b"end")
     assert contents(tmp_path) == {"file": b"HEAD1111end"}
-    file.append(b"2222")
+    file.write(b"2222")
     file.cut(8)
     assert contents(tmp_path) == {"file": b"HEAD1111"}
     file.close()
@@ -66,8 +70,8 @@ def test_growing_file_looks_again_if_somebody_changed_it(tmp_path: Path, change:
     said: list[str] = []
     path = tmp_path / "file"
     file = Pieces(path, said.append)
-    file.append(b"1111")
-    file.append(b"2222")
+    file.write(b"1111")
+    file.write(b"2222")
     if change == "delete":
         path.unlink()
     elif change == "move":
@@ -78,8 +82,8 @@ def test_growing_file_looks_again_if_somebody_changed_it(tmp_path: Path, change:
     else:
         path.write_bytes(b"HEAD" if change == "truncate" else b"HEAD111122223333")
     before = path.read_bytes() if path.exists() else b"HEAD"
-    file.append(b"4444")
-    file.append(b"5555")
+    file.write(b"4444")
+    file.write(b"5555")
     file.close()
     assert path.read_bytes() == before + b"44445555"
     vanished = change in ("delete", "move")
@@ -89,21 +93,21 @@ def test_growing_file_looks_again_if_somebody_changed_it(tmp_path: Path, change:
 def test_growing_file_leaves_one_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"foreign")
     with pytest.raises(ValueError, match="not ours"):
-        Pieces(tmp_path / "file").append(b"1111")
+        Pieces(tmp_path / "file").write(b"1111")
     assert contents(tmp_path) == {"file": b"foreign"}
 
 
 def test_growing_file_takes_a_piece_whole_or_not_at_all(tmp_path: Path, disk_with_room_for: Disk) -> None:
     file = Pieces(tmp_path / "file", has_tail=True)
     with disk_with_room_for(2), pytest.raises(OSError, match="too large"):
-        file.append(b"1111")
-    file.append(b"1111")
+        file.write(b"1111")
+    file.write(b"1111")
     with disk_with_room_for(10):
-        for write in (file.append, file.finish):
+        for write in (file.write, file.finish):
             with pytest.raises(OSError, match="too large"):
                 write(b"2222")
             assert contents(tmp_path) == {"file": b"HEAD1111"}
-    file.append(b"3333")
+    file.write(b"3333")
     file.close()
     assert contents(tmp_path) == {"file": b"HEAD11113333"}
 

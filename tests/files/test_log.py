@@ -24,6 +24,7 @@ def log(folder: Path, *steps: int) -> list[str]:
     messages: list[str] = []
     file = LogFile(folder, say=messages.append)
     for step in steps:
+        file.open()
         file.append_row(step, 0, 8, FIGURES)
     file.close()
     return messages
@@ -36,6 +37,7 @@ def test_row_is_in_the_file_at_once_with_nine_digits(tmp_path: Path) -> None:
     file = LogFile(tmp_path / "run", say=print)
     file.sync()
     assert not (tmp_path / "run").exists()
+    file.open()
     file.append_row(12, 3, 8, (1 / 3, 1e-30 / 3, 2e20 / 3, float("nan")))
     rows = (tmp_path / "run" / "mixture.csv").read_bytes()
     assert rows == HEADER + b"12,3,8,0.333333333,3.33333333e-31,6.66666667e+19,nan\n"
@@ -71,6 +73,7 @@ def test_log_with_other_line_ends_keeps_its_own(tmp_path: Path) -> None:
     assert path.read_bytes() == (HEADER + ROW).replace(b"\n", b"\r\n")
     assert (tmp_path / "mixture.superseded-1.csv").read_bytes().count(b"\r\n") == 3
     path.unlink()
+    file.open()
     file.append_row(0, 0, 8, FIGURES)
     file.close()
     assert path.read_bytes() == HEADER + ROW
@@ -116,6 +119,7 @@ def test_supersede_moves_rows_at_or_behind_a_position_wherever_they_stand(
     tmp_path: Path, position: tuple[int, int]
 ) -> None:
     file = LogFile(tmp_path, say=print)
+    file.open()
     for epoch, step in POSITIONS:
         file.append_row(step, epoch, 8, FIGURES)
     moved = [at for at in POSITIONS if at >= position]

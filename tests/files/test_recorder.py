@@ -254,7 +254,7 @@ def log_later(logged: Arrivals[Logged[Row]], step: int, *, resumes: bool = False
     number = torch.tensor(float(step))
     stats = {"pi": torch.ones(1), "trace_B": number, "opnorm_B": number}
     report = Report(numbers_of(stats), K=1, arrived=Later())  # type: ignore[arg-type]
-    logged.expect(Logged(report, None, lambda figures, R: Row(step, 0, 1, *figures, R, resumes)))
+    logged.expect(Logged(report, None, partial(Row, step, 0, 1, resumes=resumes)))
 
 
 def test_rows_that_arrive_later_keep_their_order_and_what_they_supersede(tmp_path: Path) -> None:

@@ -175,13 +175,6 @@ def test_rows_that_go_back_are_kept_with_one_warning_each_time(tmp_path: Path) -
     assert len(places(tmp_path)) == 11
 
 
-def test_step_that_restarts_each_epoch_is_ordinary(tmp_path: Path) -> None:
-    with said() as messages:
-        (one := Writer(tmp_path)).log(*((epoch, step) for epoch in range(3) for step in range(3)))
-        one.close()
-    assert messages == []
-
-
 # A disk that fails
 
 
