@@ -144,7 +144,7 @@ def nearest_means(
 
 
 def _by_differences(x: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    """The definition: the last assignment, (N,), without a look at the numbers."""
+    """The last assignment, (N,), by the definition, without branches on values."""
     usable = usable_rows(x)
 
     def nearest(current: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def as_labels(value: Any, *, N: int, device: torch.device) -> Tensor:
         ValueError: Missing, or the shape is not (N,).
     """
     if value is None:
-        raise ValueError(f"`labels` must be given where responsibilities come from labels: ({N},) integers, got None.")
+        raise ValueError(f"`labels` must be given if responsibilities come from labels: ({N},) integers, got None.")
     labels = as_tensor(value, name="labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"`labels` must be integers, got {labels.dtype}.")

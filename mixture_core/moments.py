@@ -1,4 +1,4 @@
-"""The sufficient statistics of a Gaussian mixture, and the two operations that every estimate is made of."""
+"""The sufficient statistics of a Gaussian mixture, and the two operations that combine them."""
 
 import attrs
 import torch
@@ -93,7 +93,7 @@ def merge(a: Moments, b: Moments) -> Moments:
         covariance = (w_a C_a + w_b C_b) / w + d d^T w_a w_b / w^2
 
     Commutative and associative up to rounding, and up to the mean and covariance of components of weight 0, where
-    those of `a` are kept. A component to which one side adds no weight keeps the other's numbers to the bit.
+    those of `a` are kept. If one side has no weight for a component, the other side's numbers are kept to the bit.
 
     Args:
         a: Moments of the one set; leading batch dimensions are allowed.

@@ -19,7 +19,7 @@ from mixture_core.stats import StepStats
 @pytree
 @attrs.frozen(eq=False, kw_only=True)
 class MixtureState:
-    """All that the next step needs. The means are the centroids that its k-means starts from.
+    """The state that the next step needs. The means are the centroids that its k-means starts from.
 
     Attributes:
         config: The options.

@@ -51,7 +51,7 @@ def _work_on(device: torch.device) -> bool:
         launch(_nothing, (1,), device, torch.zeros(1, device=device))
     except Exception as error:  # Triton and the compilers below it raise all sorts; none may stop a training run
         cause = (str(error).splitlines() or [""])[0]
-        warnings.warn(f"Triton cannot run here, steps will be slower: {type(error).__name__}: {cause}", stacklevel=2)
+        warnings.warn(f"Triton cannot run here, so steps will be slower: {type(error).__name__}: {cause}", stacklevel=2)
         return False
     return True
 

@@ -151,7 +151,7 @@ MESSAGES = [
     (
         lambda s: step(s, X),
         ValueError,
-        "`labels` must be given where responsibilities come from labels: (5,) integers, got None.",
+        "`labels` must be given if responsibilities come from labels: (5,) integers, got None.",
     ),
     (
         lambda s: step(s, X, [0] * 5),
