@@ -147,7 +147,7 @@ def test_loss_feeds_full_float32_inside_autocast() -> None:
         (mixture()[1].float(), "integers, got torch.float32"),
         (mixture()[1][1:], "shape (120,), one per embedding, got (118,)"),
         (mixture()[1] + 1, "in [0, 3), or -1 or -100 for a row to ignore, got 3"),
-        (None, "given where responsibilities come from labels"),
+        (None, "given if responsibilities come from labels"),
     ],
     ids=["list", "float", "short", "K", "missing"],
 )

@@ -59,7 +59,7 @@ EMBEDDINGS: dict[str, Wrong] = {
     "without data": Wrong(X.to("meta"), LABELS.to("meta"), EITHER, "embeddings", "got"),
 }
 LABEL_FAULTS: dict[str, Wrong] = {
-    "missing": Wrong(X, None, ValueError, "labels", "be given where responsibilities come from labels: (60,)"),
+    "missing": Wrong(X, None, ValueError, "labels", "be given if responsibilities come from labels: (60,)"),
     "list": Wrong(X, LABELS.tolist(), TypeError, "labels", "a tensor or a NumPy array, got list"),
     "float": Wrong(X, LABELS.float(), TypeError, "labels", "integers, got torch.float32"),
     "NumPy text": Wrong(X, LABELS.numpy().astype(str), TypeError, "labels", "got"),
