@@ -126,22 +126,19 @@ def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
 
 
 def settle(doubt: Doubt, *, at: str = "") -> None:
-    """Raises if a doubt was founded; its value must have arrived.
+    """Raises the error that a doubt is about if its value, which must have arrived, confirms it.
 
     Args:
         doubt: It.
-        at: The step it is about, if that is not the present one.
-
-    Raises:
-        Exception: The error that it is about.
+        at: The step of the batch, such as " at step 3"; empty if it is the present one.
     """
     if (value := int(doubt.value)) != FINE:
-        doubt.refuse(value, at and f" at {at}")
+        doubt.refuse(value, at)
 
 
-def ignored(count: int, N: int) -> str:
-    """Returns a phrase that counts ignored rows."""
-    return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"
+def ignored(count: int, N: int, at: str = "") -> str:
+    """Returns a sentence that counts ignored rows, without its full stop."""
+    return f"{count} of {N} rows were ignored{at} (NaN, infinite, beyond 1.8e13, or label -1 or -100)"
 
 
 def _refuse_without_values(name: str, value: Any) -> None:

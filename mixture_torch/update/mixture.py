@@ -160,7 +160,7 @@ class Mixture:
         else:
             outcome = self._go_on(state, batch, part, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
-            raise ValueError(f"`strict` expects every row to be usable, got {ignored(n_ignored, int(batch.n_rows))}.")
+            raise ValueError(f"{ignored(n_ignored, int(batch.n_rows))}, but `strict` is set.")
         updated = self._commit(outcome, part, batch.n_rows)
         self._early = []
         if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part

@@ -134,7 +134,7 @@ def test_ordinary_state_says_nothing() -> None:
         estimator().update(mixture()[0])
 
 
-@pytest.mark.filterwarnings("ignore:`update` ran out of memory", "ignore:.* rows ignored")
+@pytest.mark.filterwarnings("ignore:`update` ran out of memory", "ignore:.* rows were ignored")
 def test_skipped_part_of_a_step_leaves_the_others_in_its_record(run_out: Callable[..., Any], tmp_path: Path) -> None:
     with estimator(log_dir=tmp_path, store_scores=True) as wrapper:
         with activate(wrapper, step=0):
