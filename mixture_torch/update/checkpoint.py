@@ -105,8 +105,8 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     wanted = to_state_dict(config, Progress(), dim=None)
     old = type(version := state_dict.get("version")) is int and version == 2
     if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
-        came = ", ".join(map(str, state_dict))
-        raise ValueError(f"The state_dict has other keys than {', '.join(wanted)}: it has {came}.")
+        keys = ", ".join(map(str, state_dict))
+        raise ValueError(f"The state_dict has other keys than {', '.join(wanted)}: it has {keys}.")
     for key in ("K", "mode", "assigner") if old else ("version", "K", "mode", "assigner"):
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
             raise _differs(key, state_dict[key], wanted[key])
@@ -128,8 +128,8 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
         expected = checksum(state_dict)
     if _count(state_dict, "checksum", at_most=None) != expected:
         raise ValueError(
-            "The state_dict mixes the values of several mixtures; if each rank has a mixture of its own, save each under "
-            "its own key."
+            "The state_dict mixes the values of several mixtures; if each rank has a mixture of its own, save each "
+            "under its own key."
         )
     tensors = {"weight": weight, "mean": mean, "residual": residual, "covariance": covariance, "waiting": waiting}
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
