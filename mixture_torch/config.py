@@ -110,15 +110,7 @@ class MixtureRuntimeConfig(MixtureConfig):
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """Returns what a YAML document holds.
-
-    Args:
-        text: The document; bytes are UTF-8, or UTF-16 with a byte order mark.
-        source: Where it comes from, for the error message.
-
-    Raises:
-        ValueError: It is not YAML.
-    """
+    """Returns what a YAML document holds, or raises a ValueError that names its `source`."""
     try:
         return yaml.safe_load(text)
     except MemoryError:
@@ -130,16 +122,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 
 def refuse_unknown(block: Mapping[Any, Any], known: Iterable[str], *, place: str) -> None:
-    """Checks that every key of a block is an option.
-
-    Args:
-        block: The options that were given.
-        known: The names of all options.
-        place: Where the block stands, for the error message.
-
-    Raises:
-        ValueError: Keys are unknown; the message lists them, with the nearest option of each.
-    """
+    """Raises a ValueError that lists the unknown keys of a block at `place`, with the nearest option of each."""
     names = list(known)
     unknown = [key for key in block if key not in names]
     if unknown:
@@ -162,15 +145,7 @@ def _name(key: object) -> str:
 
 
 def find_block(mapping: Any) -> tuple[Mapping[Any, Any], str]:
-    """Returns the options in a configuration, and where they stand.
-
-    Args:
-        mapping: As in `MixtureRuntimeConfig.from_mapping`.
-
-    Raises:
-        TypeError: A block is no mapping.
-        ValueError: `runtime` has a misspelled `mixture`.
-    """
+    """Returns the options in a configuration, and where they stand."""
     document = _as_mapping(mapping, "The configuration")
     if "runtime" in document:
         runtime = _as_mapping(document["runtime"], "`runtime`")

@@ -25,7 +25,7 @@ class activate(ContextDecorator):
 
     Args:
         estimator: None makes none active.
-        step: Training step that everything inside the block belongs to; None tells the estimator of no step.
+        step: Training step that everything inside the block belongs to; None gives no step.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -59,17 +59,13 @@ class activate(ContextDecorator):
         """
         entered = _entered.get()
         if self not in entered:
-            raise RuntimeError("`activate` must end in the thread that it began in, got the end of none from here.")
+            raise RuntimeError("`activate` ended in a thread in which it did not begin.")
         own = max(place for place, other in enumerate(entered) if other is self)
         _entered.set(entered[:own] + entered[own + 1 :])
 
 
 def as_step(step: int | str | None) -> int | str | None:
-    """Returns a step unchanged, or as an int if it is another library's integer.
-
-    Raises:
-        TypeError: It is neither an integer nor a text nor None.
-    """
+    """Returns a step, as an int if it is another library's integer."""
     if step is None or isinstance(step, str):
         return step
     if isinstance(number := as_integer(step), bool) or not isinstance(number, int):
@@ -127,16 +123,8 @@ def register(estimator: "MixtureStats") -> int:
 
 
 def update_compiled(key: int, embeddings: Any, labels: Any, step: int | str | None) -> None:
-    """Updates an estimator in code that torch.compile traces.
-
-    Args:
-        key: From `register`, or ACTIVE.
-        embeddings: (N, D), tensor or NumPy array.
-        labels: (N,) integers, or None.
-        step: As in `update`.
-    """
-    text = step if isinstance(step, str) else None
-    number = None if isinstance(step, str) else step
+    """Updates an estimator in code that torch.compile traces; `key` is from `register`, or ACTIVE."""
+    text, number = (step, None) if isinstance(step, str) else (None, step)
     if labels is not None:
         labels = torch.as_tensor(labels)
     torch.ops.mixture_torch.update(torch.as_tensor(embeddings).detach(), labels, key, number, text)

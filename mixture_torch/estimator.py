@@ -1,8 +1,6 @@
 """`MixtureStats`: the estimator that a training loop keeps, around the pure functions of mixture_core."""
 
 import os
-import warnings
-import weakref
 from collections.abc import Mapping
 from functools import partial
 from types import EllipsisType
@@ -14,42 +12,44 @@ from torch import Tensor
 
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step, register, update_compiled
-from mixture_torch.files.recorder import Recorder, Row
-from mixture_torch.update.arrivals import Arrivals, Logged, Report, as_count, check_loggable, responsibilities_of
-from mixture_torch.update.batch import ignored, settle
+from mixture_torch.files.recorder import Recorder
+from mixture_torch.journal import Journal
+from mixture_torch.update.arrivals import Report, as_count
 from mixture_torch.update.checkpoint import from_state_dict
-from mixture_torch.update.mixture import Updated
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.ranks import is_main_rank
 from mixture_torch.update.stats import NOTHING, StepStats
 from mixture_torch.views import DEFAULTS, DISABLED, View
 
-CALLER = 3  # frames up from a method that is called by a public one
+NO_STATS = (
+    "`log_step` has nothing to log because there was no `update`; call `update`, or use `activate` with a loss that "
+    "feeds the estimator. This warning comes once."
+)
 
 
 class MixtureStats(View):
     """Keeps a Gaussian mixture of the embeddings that it is given, and writes one row about it per step.
 
     It computes in float32, without gradients, outside autocast, and from its own random numbers, so that training is
-    bit for bit the same with it and without it. Means are seeded by greedy k-means++ once 4 K usable rows have come;
-    until then each batch starts anew from all rows so far.
+    bit for bit the same with it and without it. Greedy k-means++ chooses the first means once 4 K usable rows have
+    been seen; until then, each step's statistics cover all rows so far.
 
     Args:
         K: Number of components.
         assigner: `kmeans_online`: each row belongs to its nearest mean; `label_supervised`: to its label.
-        mode: `ema`: statistics over an exponential window; `per_batch`: of each batch alone; `label_supervised`: of
-            each batch alone, by labels.
+        mode: `ema`: statistics over an exponential window; `per_batch`: of the last batch; `label_supervised`: of the
+            last batch, by labels.
         ema_decay: Factor by which earlier weights are multiplied each step, in (0, 1).
         enabled: False makes all methods do nothing. If it is left out it is false, and the first `update` says so.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
         cross_rank: Whether the mixture is that of all ranks: `gather` or true: each rank gathers all embeddings;
-            `reduce`: only sums are exchanged, and R is of the rank's own embeddings.
+            `reduce`: ranks exchange only sums, and R covers the rank's own embeddings.
         log_dir: Folder for the files; None writes none.
         store_scores: Whether to write responsibilities too.
         scores_mode: `append`: into one file; `per_step`: into one file per step.
         max_assign_iters: Lloyd iterations per step.
         seed: Seed of the estimator's own random numbers.
-        strict: Raise if rows would be ignored, the disk fails, or memory runs out.
+        strict: Raise, rather than warn, if rows are ignored, the disk fails or memory runs out.
         relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
         compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
         dim: D, if known beforehand, so that `state_dict` has its final shapes before the first update.
@@ -57,7 +57,7 @@ class MixtureStats(View):
 
     Raises:
         TypeError: An option is of the wrong type.
-        ValueError: An option is out of range, or `store_scores` lacks a `log_dir`.
+        ValueError: An option is out of range, or `store_scores` is set without a `log_dir`.
 
     Example:
         >>> import torch
@@ -97,16 +97,17 @@ class MixtureStats(View):
             cross_rank=cross_rank, store_scores=store_scores, scores_mode=scores_mode, seed=seed, strict=strict,
             max_assign_iters=max_assign_iters, relocate=relocate, compile=compile, dim=dim,
         )  # fmt: skip
-        self._recorder = _recorder(config, log_dir, is_main, process_group)
+        if is_main is not None and not isinstance(is_main, bool):
+            raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
+        if log_dir is None and config.enabled and store_scores and is_main is not False:
+            raise ValueError("`log_dir` must be given if `store_scores` is true, got None.")
+        writes = partial(is_main_rank, process_group) if is_main is None else partial(bool, is_main)
+        scores = config.scores_mode if store_scores else None
+        recorder = Recorder(log_dir, scores_mode=scores, writes=writes, strict=strict)
         super().__init__(config, is_main=is_main, process_group=process_group)
-        self._reports: Arrivals[Report] = Arrivals()
-        self._logged: Arrivals[Logged[Row]] = Arrivals()
-        weakref.finalize(self, _finish, self._logged, self._recorder)  # if nobody calls `close`
-        self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
-        self._warned_of_no_stats = False
+        self._journal = Journal(self, recorder, self._mixture.notes)
         self._key = register(self)  # by which compiled code finds it
-        self._report: Report | None = None
-        self._warned = False  # of ignored rows
+        self._report: Report | None = None  # of the last update, if that was made on a GPU
 
     @classmethod
     def from_config(
@@ -126,21 +127,24 @@ class MixtureStats(View):
         """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
 
         The statistics are empty if the estimator is disabled, and in code that torch.compile traces: read `stats` after
-        it. Nothing is updated in a backward pass, in which activation checkpointing runs the forward pass again. If
-        memory runs out, the batch is skipped with a warning; with `cross_rank`, only if other ranks can be told.
+        it. During a backward pass nothing is updated, because activation checkpointing runs the forward pass a second
+        time. If memory runs out, the batch is skipped with a warning; with `cross_rank`, it raises if an exchange with
+        other ranks has begun.
 
         Args:
             embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
                 with NaN or Inf are ignored and counted.
             labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come
                 from labels.
-            step: The training step, a number or a text. Calls with the same one bring parts of one batch, as in
-                gradient accumulation: nothing decays in between. None is the step of `activate`, or one of its own.
+            step: The training step, a number or a text. Calls with the same step belong to one batch, as in gradient
+                accumulation: earlier samples decay only once. None means the step of the surrounding `activate`;
+                without one, each call is a step.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
-            ValueError: A shape or a label is wrong, or `strict` and a row is ignored; the estimator is unchanged.
-            Exception: With `cross_rank`, also errors of other ranks, and RuntimeError if an exchange fails.
+            ValueError: A shape or label is wrong, or a row is ignored and `strict` is set; the estimator is unchanged.
+            RuntimeError: With `cross_rank`, the ranks are out of step, or memory ran out during an exchange. All ranks
+                raise the error of any one rank.
         """
         if not self.enabled and not self._says_disabled:
             return NOTHING
@@ -149,13 +153,14 @@ class MixtureStats(View):
             return NOTHING
         if not self.enabled:
             self._says_disabled = False
-            warnings.warn(DISABLED, stacklevel=2)
+            self._journal.note("disabled", DISABLED)
+            self._journal.say()
             return NOTHING
         if torch._C._current_graph_task_id() != -1:  # in a backward pass; torch has no public way to tell
             return self._stats
         problem: Exception | None = None  # of this rank alone: the others must be told
         try:
-            self._settle(but=0 if self._config.cross_rank == "reduce" else 1)
+            self._journal.settle(but=0 if self._config.cross_rank == "reduce" else 1)
         except OSError as error:
             problem = error
         try:
@@ -164,30 +169,31 @@ class MixtureStats(View):
             problem, step = error, None
         updated = self._mixture.update(embeddings, labels, token=step, problem=problem)
         if updated is not None:
-            self._show(updated)
+            self._stats, self._report = updated.stats, updated.report
+            if updated.report is not None:
+                self._journal.expect(updated.report)
             if updated.n_ignored:
-                self._warn_of_ignored(updated.n_ignored, int(updated.n_rows), stacklevel=2)
-        while self._mixture.notes:  # last, as a warning may be turned into an error
-            warnings.warn(self._mixture.notes.pop(0), stacklevel=2)
+                self._journal.note_ignored(updated.n_ignored, int(updated.n_rows))
+        self._journal.say()  # last, as a warning may be turned into an error
         return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends one row to `mixture.csv` and, with `store_scores`, the responsibilities to their file.
 
-        Does nothing if the estimator is disabled or has no `log_dir`, on other ranks than the main one, and, with one
-        warning, if there has been no `update`.
+        Does nothing if the estimator is disabled, has no `log_dir`, or runs on a rank that writes no files. Before the
+        first `update` it only warns, once.
 
         Args:
             step: The training step, at least 0.
             epoch: The epoch, at least 0.
-            stats: What `update` returned; None is the last. A mapping made by hand needs `pi` and `B`, and `R` if
-                responsibilities are stored.
+            stats: What `update` returned; None means the result of the last update. A mapping of your own needs
+                `pi` and `B`, and `R` if responsibilities are stored.
 
         Raises:
-            TypeError: `step` or `epoch` is no integer, or `stats` no mapping.
-            ValueError: One of them is negative, `stats` lack something, a file in `log_dir` is not ours, or another
-                process writes there.
-            OSError: `strict`, and the row could not be written; it is kept, and written with the next.
+            TypeError: `step` or `epoch` is not an integer, or `stats` is not a mapping.
+            ValueError: `step` or `epoch` is negative, `stats` lacks a key, a file in `log_dir` has another format, or
+                another process writes there.
+            OSError: The row could not be written and `strict` is set; the row is kept and written with the next one.
         """
         if not self.enabled:
             return
@@ -195,20 +201,14 @@ class MixtureStats(View):
         if not isinstance(stats, Mapping):
             raise TypeError(f"`stats` must be what `update` returned, got {type(stats).__name__}.")
         step, epoch = as_count("step", step), as_count("epoch", epoch)
-        if not stats:
-            self._warn_of_no_stats()
-            return
-        check_loggable(stats, stores_scores=self._recorder.scores_mode is not None)
-        report = self._report if stats is self._stats else None
-        if report is not None:
-            report.step = step
-        if self._recorder.open():  # a process that writes no row leaves the folder to those that do
-            self._expect_row(stats, report, step, epoch)
-        self._resumes = False
-        self._settle(but=1)
+        if stats:
+            self._journal.log(stats, self._report if stats is self._stats else None, step, epoch)
+        elif not self._mixture.is_short:
+            self._journal.note("no stats", NO_STATS)
+        self._journal.say()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a state_dict; the next `log_step` moves rows at or after its (epoch, step) to other files.
+        """Loads a state_dict; the next `log_step` moves rows at or after its (epoch, step) to other files.
 
         Args:
             state_dict: From an estimator with the same K, D, mode and assigner.
@@ -217,30 +217,31 @@ class MixtureStats(View):
             TypeError: It is not a mapping.
             ValueError: It is from another kind of estimator, incomplete or damaged; this one is unchanged.
         """
-        self._settle()
+        self._journal.settle()
         with full_float32(None):
             D = self._mixture.progress.D or self._config.dim
             self._mixture.restart(from_state_dict(self._config.core, state_dict, D=D))
         self._stats, self._report = NOTHING, None
-        self._resumes = True
+        self._journal.resumes = True
+        self._journal.say()
 
     def flush(self) -> None:
-        """Makes all files complete: `mixture_scores.pt` holds all that was logged.
+        """Writes everything that was logged to disk; afterwards, `torch.load` can read `mixture_scores.pt`.
 
         Raises:
-            OSError: `strict`, and a file could not be written; the rows are kept.
+            OSError: A file could not be written and `strict` is set; the rows are kept.
         """
-        self._settle()
-        self._recorder.flush()
+        self._journal.flush()
+        self._journal.say()
 
     def close(self) -> None:
-        """Makes all files complete and closes them; a later `log_step` opens them again.
+        """Flushes and closes all files; a later `log_step` opens them again.
 
         Raises:
-            OSError: `strict`, and a file could not be written; the rows are kept.
+            OSError: A file could not be written and `strict` is set; the rows are kept.
         """
-        self._settle()
-        self._recorder.close()
+        self._journal.close()
+        self._journal.say()
 
     def __enter__(self) -> "MixtureStats":
         """Returns the estimator."""
@@ -255,70 +256,3 @@ class MixtureStats(View):
         copied = MixtureStats.from_config(self._config, is_main=False)
         copied.load_state_dict(self.state_dict())
         return copied
-
-    def _show(self, updated: Updated) -> None:
-        self._stats, self._report = updated.stats, updated.report
-        if updated.report is not None:
-            self._reports.expect(updated.report)
-
-    def _expect_row(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
-        if report is None:
-            with full_float32(stats["R"] if "R" in stats else stats["pi"]):
-                report = Report.of(stats)
-        R = responsibilities_of(stats) if self._recorder.scores_mode else None
-        self._logged.expect(Logged(report, R, partial(Row, step, epoch, report.K, resumes=self._resumes)))
-
-    def _settle(self, *, but: int = 0) -> None:
-        """Writes what has been logged and says what there is to say, except for that many of the latest updates."""
-        try:
-            self._logged.settle(partial(_write, self._recorder), but=but)
-        finally:
-            self._reports.settle(self._check, but=but)
-
-    def _check(self, report: Report) -> None:
-        """Raises or warns about what is wrong with the batch of an update that has arrived."""
-        at = "an update that was not logged" if report.step is None else f"step {report.step}"
-        for doubt in report.doubts:
-            settle(doubt, at=at)
-        self._warn_of_ignored(report.n_ignored, report.N, stacklevel=CALLER + 2, at=at)
-
-    def _warn_of_no_stats(self) -> None:
-        if not (self._warned_of_no_stats or self._mixture.is_short):
-            self._warned_of_no_stats = True
-            warnings.warn(
-                "`log_step` has nothing to log, as there was no `update`; feed the estimator by `update`, or by "
-                "`activate` and a loss that knows it. This is said once.",
-                stacklevel=CALLER,
-            )
-
-    def _warn_of_ignored(self, n_ignored: int, N: int, *, stacklevel: int, at: str = "") -> None:
-        if n_ignored and not self._warned:
-            self._warned = True
-            said = f"{ignored(n_ignored, N)}{at and ' at '}{at}; said once, `n_ignored` counts them."
-            warnings.warn(said, stacklevel=stacklevel + 1)
-
-
-def _recorder(
-    config: MixtureRuntimeConfig, log_dir: str | os.PathLike[str] | None, is_main: bool | None, group: Any
-) -> Recorder:
-    """The recorder of an estimator with these arguments."""
-    if is_main is not None and not isinstance(is_main, bool):
-        raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
-    if log_dir is None and config.enabled and config.store_scores and is_main is not False:
-        raise ValueError("`log_dir` must be given if `store_scores` is true, got None.")
-    scores_mode = config.scores_mode if config.store_scores else None
-    writes = partial(is_main_rank, group) if is_main is None else partial(bool, is_main)
-    return Recorder(log_dir, scores_mode=scores_mode, writes=writes, strict=config.strict)
-
-
-def _write(recorder: Recorder, logged: Logged[Row]) -> None:
-    recorder.write(logged.row)
-
-
-def _finish(logged: Arrivals[Logged[Row]], recorder: Recorder) -> None:
-    """Does what `close` does, for an estimator that is gone; in a forked child, nothing."""
-    if recorder.is_ours:
-        try:
-            logged.settle(partial(_write, recorder))
-        finally:
-            recorder.close(for_good=True)

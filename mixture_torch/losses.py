@@ -19,7 +19,7 @@ class NTXentLoss(nn.Module):
 
         loss = mean_i -log( exp(z_i . z_j(i) / temperature) / sum_{k != i} exp(z_i . z_k / temperature) )
 
-    Each call updates the active estimator with the same 2N rows, detached, and with the labels of both views.
+    Each call feeds the detached 2N rows to the active estimator, with the labels repeated for both views.
 
     Args:
         temperature: Above 0.
@@ -49,10 +49,10 @@ class NTXentLoss(nn.Module):
         Args:
             z1: (N, D) embeddings of one view, N at least 1; need not be normalised.
             z2: (N, D) embeddings of the other view of the same samples.
-            labels: (N,) integers for the active estimator; the loss does not depend on them.
+            labels: (N,) integers for the active estimator; the loss does not use them.
 
         Raises:
-            ValueError: The shapes are wrong.
+            ValueError: The shapes differ from (N, D).
         """
         if z1.ndim != 2 or z1.shape != z2.shape or len(z1) < 1:
             shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
@@ -76,7 +76,7 @@ class NTXentLoss(nn.Module):
 
 
 def _of_both_views(labels: Any) -> Any:
-    """The labels of both views; unchanged if they are not a vector, for the estimator to refuse if it needs labels."""
+    """Returns the labels repeated for both views; the estimator will refuse anything that is not a vector."""
     try:
         vector = as_tensor(labels, name="labels")
     except TypeError:

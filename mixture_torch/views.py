@@ -23,13 +23,7 @@ DISABLED = (
 
 
 class View:
-    """The part of an estimator that changes nothing.
-
-    Args:
-        config: The options.
-        is_main: Whether this process writes files; None is rank 0.
-        process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
-    """
+    """The part of an estimator that changes nothing."""
 
     def __init__(self, config: MixtureRuntimeConfig, *, is_main: bool | None, process_group: Any) -> None:
         self._config, self._is_main, self._group = config, is_main, process_group
@@ -73,7 +67,7 @@ class View:
 
     @property
     def state(self) -> MixtureState | None:
-        """The state that the next update starts from, copied; None before the first."""
+        """A copy of the state that the next update starts from; None before the first update."""
         own = self._mixture.progress.state
         if own is None:
             return None
@@ -98,15 +92,15 @@ class View:
         """
         state = self._mixture.progress.state
         if state is None and not self.enabled:
-            raise ValueError("`enabled` must be true for `assign`, got false: without it there is no mixture.")
+            raise ValueError("There is no mixture to assign to: the estimator is disabled.")
         if state is None:
-            raise ValueError("`assign` must come after `update`, got no mixture to assign to.")
+            raise ValueError("There is no mixture to assign to: call `update` first.")
         with full_float32(embeddings):
             x = as_plain_embeddings(embeddings)
             return mixture_core.assign(to_device(state, x.device), x, labels)
 
     def state_dict(self, *, dim: int | None = None) -> dict[str, Tensor | int | str]:
-        """Returns all that a later run needs to go on, as plain tensors, ints and strings, always with the same keys.
+        """Returns everything that a resumed run needs as tensors, ints and strings, always under the same keys.
 
         `torch.load` reads it with its safe defaults. `torch.distributed.checkpoint` loads in place and needs the final
         shapes: give `dim` if it loads into an estimator that has had no update.
@@ -127,6 +121,6 @@ class View:
     def __reduce__(self) -> NoReturn:
         """Refuses to be pickled: in another process it would write to the same files."""
         raise TypeError(
-            "A MixtureStats cannot be pickled, as it writes to its `log_dir`; make another one there, and give it the "
-            "`state_dict()` of this one by `load_state_dict`."
+            "A MixtureStats cannot be pickled because it writes to its `log_dir`. Make a new one in the other process "
+            "and give it the `state_dict()` of this one by `load_state_dict`."
         )

@@ -49,6 +49,11 @@ class Recorder:
         self._opened_by = 0  # a process
         self._user = object()  # stands for this recorder in the folder, which must not keep it alive
 
+    @staticmethod
+    def turn() -> threading.RLock:
+        """Returns the lock that all estimators of this process take for their files."""
+        return _Shared.turn
+
     @property
     def is_ours(self) -> bool:
         """Whether this process has opened the folder, and is no forked child of the one that did."""
@@ -125,9 +130,13 @@ def _run_folder(path: Path) -> RunFolder:
 
 
 def _say(folder: RunFolder) -> None:
-    """Warns at the line outside of this package that led here: a `log_step`, a `flush`, or a garbage collection."""
     while folder.news and not folder.is_busy:
-        level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("mixture_torch."):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(folder.news.pop(0), stacklevel=level)
+        warn_caller(folder.news.pop(0))
+
+
+def warn_caller(text: str) -> None:
+    """Warns at the line outside of this package and of torch that led here: an `update`, a `flush`, a loss."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("mixture_torch.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -50,7 +50,7 @@ class ShardFolder:
         path = self._folder / SHARD_NAME.format(step)
         if path != self._begun[0]:  # otherwise what is there may be of this entry, and an interrupt came after it
             self._begun = path, path.exists()
-        replaces = self._begun[1]
+        replaces = self._begun[1] and path.exists()  # it may have been moved away since a refusal
         if replaces:
             load_entry(path)
         own = (
@@ -94,20 +94,18 @@ def save(path: Path, value: object, *, durable: bool = False, temporary: str | N
 
 
 def _load(path: Path, is_ours: Callable[[Any], bool], *, expected: str, mmap: bool = False) -> Any:
-    foreign = ValueError(
-        f"`{path}` is not {expected} of responsibilities; move the file away or choose another `log_dir`."
-    )
+    foreign = f"`{path}` is not {expected} of responsibilities; move the file away or choose another `log_dir`."
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would wait for a writer
-        raise foreign
+        raise ValueError(foreign)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises anything while it parses foreign bytes, EINVAL too
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
-        raise foreign from error
+        raise ValueError(foreign) from error
     if not is_ours(value):
-        raise foreign
+        raise ValueError(foreign)
     return value
 
 

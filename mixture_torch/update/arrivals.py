@@ -1,10 +1,10 @@
-"""What the host has to know of an update, on its way from the device: figures, responsibilities and doubts."""
+"""The figures of updates on their way from the device to the host."""
 
 import operator
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Generic, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,94 +15,39 @@ from mixture_torch.update.batch import Doubt
 from mixture_torch.update.stats import Rows
 
 T = TypeVar("T")
-
-
-class Arrival(Protocol):
-    """Something that is on its way from the device."""
-
-    @property
-    def is_here(self) -> bool:
-        """Whether there is nothing to wait for."""
-
-    def wait(self) -> None:
-        """Returns when it is here."""
-
-
-A = TypeVar("A", bound=Arrival)
-
-
-class Arrivals(Generic[A]):
-    """A queue of what is on its way from the device, first in, first out.
-
-    Another thread or a signal handler may use it at any time: one call works on it, and nothing is lost.
-    """
-
-    def __init__(self) -> None:
-        self._queue: deque[A] = deque()
-        self._turn = threading.RLock()
-        self._is_busy = False
-
-    def expect(self, arrival: A) -> None:
-        """Appends one."""
-        self._queue.append(arrival)
-
-    def settle(self, act: Callable[[A], None], *, but: int = 0) -> None:
-        """Calls `act` with each arrival, in order, as soon as it is here.
-
-        Args:
-            act: Called with one arrival. If it raises an error, that arrival is done, and the others stay. If an
-                interrupt comes, it is called with that arrival again.
-            but: How many of the latest arrivals not to wait for.
-        """
-        with self._turn:
-            if self._is_busy:  # in the middle of another call, which goes on
-                return
-            try:
-                self._is_busy = True
-                while self._queue and (len(self._queue) > but or self._queue[0].is_here):
-                    self._queue[0].wait()
-                    try:
-                        act(self._queue[0])
-                    except Exception:
-                        self._queue.popleft()
-                        raise
-                    self._queue.popleft()
-            finally:
-                self._is_busy = False
+SHAPES = {"pi": "(K,)", "B": "(D, D)", "R": "(N, K)", "trace_B": "()", "opnorm_B": "()"}  # of what is logged
 
 
 class Report:
-    """The figures of one update, and what may be wrong with its batch.
-
-    Args:
-        numbers: (6,) from `numbers_of`, on the host, or on the way there.
-        K: Number of components.
-        arrived: Recorded when all that is on the way has been sent; None if nothing is.
-    """
+    """The figures of one update, and what may be wrong with its batch."""
 
     def __init__(self, numbers: Tensor, *, K: int, arrived: torch.cuda.Event | None = None) -> None:
         self.K = K
         self.step: int | None = None  # as which it was logged last
         self.doubts: list[Doubt] = []
-        self._numbers, self._arrived = numbers, arrived
+        self._numbers = numbers  # (6,) as in `numbers_of`, on the host or on the way there
+        self._arrived = arrived  # recorded when all that is on the way has been sent; None if nothing is
         self._values: list[float] = []
 
     @classmethod
     def of(cls, stats: Mapping[str, Tensor]) -> "Report":
-        """Returns the report of an update, on its way.
-
-        Args:
-            stats: What the update returned.
-        """
+        """Returns the report of what an update returned, on its way."""
         numbers = numbers_of(stats)
         K = len(stats.moments.weight if isinstance(stats, StepStats) else stats["pi"])
-        return cls(_to_host(numbers), K=K, arrived=_sent(numbers))
+        report = cls(numbers, K=K)
+        report._numbers = report.send(numbers)
+        return report
 
     def doubt(self, doubts: Iterable[Doubt]) -> None:
         """Adds what may be wrong with the batch."""
-        for value, refuse in doubts:
-            self.doubts.append(Doubt(_to_host(value), refuse))
-            self._arrived = _sent(value)
+        self.doubts += [Doubt(self.send(value), refuse) for value, refuse in doubts]
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Returns a copy on the host, which is complete when the report is here."""
+        copied = tensor.to("cpu", non_blocking=True)
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.current_stream(tensor.device).record_event()
+        return copied
 
     @property
     def is_here(self) -> bool:
@@ -111,7 +56,8 @@ class Report:
 
     def wait(self) -> None:
         """Returns when everything is here."""
-        _wait(self._arrived)
+        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]  # torch's
+            self._arrived.synchronize()
 
     @property
     def figures(self) -> list[float]:
@@ -134,37 +80,46 @@ class Report:
         return self._values
 
 
-class Logged(Generic[T]):
-    """A step that is to be logged when its figures and responsibilities are here.
+class Arrivals(Generic[T]):
+    """A queue of what is to be done when reports are here, first in, first out.
+
+    Another thread or a signal handler may use it at any time: one call works on it, and nothing is lost.
 
     Args:
-        report: Its figures.
-        R: (N, K) responsibilities to be stored, which are sent off; None if they are not to be.
-        make: Makes a row of the four figures and of R on the host.
+        turn: Returns the lock of the process that actions take, too. With a lock of its own, a signal handler that
+            comes while its thread has the one lock could wait for the other for ever.
     """
 
-    def __init__(self, report: Report, R: Tensor | None, make: Callable[..., T]) -> None:
-        self._report, self._make = report, make
-        self._R = None if R is None else _to_host(R)
-        self._arrived = None if R is None else _sent(R)
-        self._row: T | None = None
+    def __init__(self, turn: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._queue: deque[tuple[Report, T]] = deque()
+        self._turn = turn
+        self._is_busy = False
 
-    @property
-    def is_here(self) -> bool:
-        """Whether there is nothing to wait for."""
-        return self._arrived is None and self._report.is_here
+    def expect(self, report: Report, item: T) -> None:
+        """Appends an item that waits for a report."""
+        self._queue.append((report, item))
 
-    def wait(self) -> None:
-        """Returns when everything is here."""
-        self._report.wait()
-        _wait(self._arrived)
+    def settle(self, act: Callable[[T], None], *, but: int = 0) -> None:
+        """Calls `act` with each item, in order, and does not wait for the reports of the latest `but`.
 
-    @property
-    def row(self) -> T:
-        """The row, always the same one. Everything must be here."""
-        if self._row is None:
-            self._row = self._make(*self._report.figures, R=self._R)
-        return self._row
+        If `act` raises an error, that item is done, and the others stay; after an interrupt it is called again.
+        """
+        with self._turn():
+            if self._is_busy:  # in the middle of another call, which goes on
+                return
+            try:
+                self._is_busy = True
+                while self._queue and (len(self._queue) > but or self._queue[0][0].is_here):
+                    report, item = self._queue[0]
+                    report.wait()
+                    try:
+                        act(item)
+                    except Exception:
+                        self._queue.popleft()
+                        raise
+                    self._queue.popleft()
+            finally:
+                self._is_busy = False
 
 
 def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
@@ -183,25 +138,33 @@ def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
 def _figures_of(stats: Mapping[str, Tensor]) -> Tensor:
     pi = stats["pi"]
     trace_B = stats["trace_B"] if "trace_B" in stats else stats["B"].diagonal().sum()
-    opnorm_B = stats["opnorm_B"] if "opnorm_B" in stats else torch.linalg.eigvalsh(stats["B"]).amax()
-    return torch.stack([pi.min(), pi.max(), trace_B, opnorm_B])
+    if "opnorm_B" in stats:
+        opnorm_B = stats["opnorm_B"]
+    else:  # the decomposition raises errors at NaN
+        B = stats["B"].to(torch.float32)
+        opnorm_B = torch.linalg.eigvalsh(B).amax() if bool(B.isfinite().all()) else B.sum() * torch.nan
+    return torch.stack([figure.to(torch.float32) for figure in (pi.min(), pi.max(), trace_B, opnorm_B)])
 
 
 def check_loggable(stats: Mapping[str, Tensor], *, stores_scores: bool) -> None:
-    """Checks that a row can be made of a mapping: of `pi` and `B`, or of `pi` and what is derived from B.
-
-    Raises:
-        ValueError: Something is missing, or `R` is not a matrix although it is to be stored.
-    """
+    """Raises a ValueError if no row can be made of a mapping: of `pi` and `B`, or of `pi` and what derives from B."""
     if isinstance(stats, StepStats):
         return
     needed = ["pi"] if "trace_B" in stats and "opnorm_B" in stats else ["pi", "B"]
     if missing := [key for key in [*needed, *["R"] * stores_scores] if key not in stats]:
         raise ValueError(f"`stats` must be what `update` returned, got a mapping without {' and '.join(missing)}.")
-    R = stats["R"] if stores_scores else None
-    if R is not None and not (isinstance(R, Tensor) and (R.ndim, R.layout, R.is_meta) == (2, torch.strided, False)):
-        got = f"a tensor of {tuple(R.shape)}" if isinstance(R, Tensor) else type(R).__name__
-        raise ValueError(f"`stats` must hold R as a dense tensor (N, K), got {got}.")
+    for key in SHAPES.keys() & stats.keys() - ({"R"} if not stores_scores else set()):
+        if not _fits(value := stats[key], key):
+            got = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`stats` must hold {key} as a dense tensor {SHAPES[key]}, got {got}.")
+
+
+def _fits(value: Any, key: str) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
+        return False
+    if key == "B" and value.shape != value.mT.shape:
+        return False
+    return value.ndim == {"pi": 1, "B": 2, "R": 2}.get(key, 0) and (key == "R" or value.numel() > 0)
 
 
 def responsibilities_of(stats: Mapping[str, Tensor]) -> Tensor:
@@ -211,12 +174,7 @@ def responsibilities_of(stats: Mapping[str, Tensor]) -> Tensor:
 
 
 def as_count(name: str, value: int) -> int:
-    """Returns a step or an epoch as an integer.
-
-    Raises:
-        TypeError: It is no integer.
-        ValueError: It is negative, or 2^63 or more.
-    """
+    """Returns a step or an epoch as an integer, at least 0."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -228,18 +186,3 @@ def as_count(name: str, value: int) -> int:
     if count >= 2**63:  # `read_log` could not read it back
         raise ValueError(f"`{name}` must be below 2^63, got {count}.")
     return count
-
-
-def _wait(arrived: torch.cuda.Event | None) -> None:
-    if arrived is not None and not arrived.query():  # type: ignore[no-untyped-call]  # torch has not annotated it
-        arrived.synchronize()
-
-
-def _sent(tensor: Tensor) -> torch.cuda.Event | None:
-    """Tells when all copies to the host that have been started so far are there; None for a tensor that is there."""
-    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, which is there when the device has come so far: pinned memory, nobody waits."""
-    return tensor.to("cpu", non_blocking=True)

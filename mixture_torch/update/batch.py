@@ -1,4 +1,4 @@
-"""From what a training loop hands in to one checked float32 batch: this rank's, or that of all ranks."""
+"""Checks the arguments of `update` and makes one float32 batch of them, of this rank or of all ranks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.update.ranks import HEADER, Entries, Entry, Ranks, local_rows, text_of
 
 IGNORED_LABELS = (-1, -100)
-FINE = -1  # value of a doubt that turned out to be unfounded
+FINE = -1  # value of a doubt if nothing is wrong
 
 
 class Doubt(NamedTuple):
-    """Something that may be wrong with a batch on a GPU, and that the host has not waited to see."""
+    """A possible fault of a batch on a GPU, which the host will check later without waiting."""
 
     value: Tensor  # () int64, FINE if nothing is wrong
     refuse: Callable[[int, str], None]  # raises, given the value and the step (" at step 3", or "" if it is this one)
@@ -37,13 +37,7 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
     """Returns this rank's batch: float32 embeddings, and labels if responsibilities come from them.
 
     The host does not wait to see labels on a GPU. If one is wrong, all labels of the batch become -1, so that the step
-    changes nothing, and the batch carries a doubt.
-
-    Args:
-        config: The choices.
-        embeddings: (N, D) of any real type, tensor or NumPy array.
-        labels: (N,) integers; ignored unless responsibilities come from them.
-        D: The width to insist on, None before the first batch.
+    changes nothing, and the batch carries a doubt. `D` is the width to insist on, None before the first batch.
 
     Raises:
         TypeError: An argument is of the wrong type, or has no values.
@@ -69,14 +63,8 @@ def exchange(
 
     Every rank takes part, whether its own batch is usable or not, and if one is not, all raise the same error. Ranks
     that reduce on GPUs do not wait for one another: if a batch is not usable, they go on to a step that changes nothing
-    on any rank, and the batch carries a doubt.
-
-    Args:
-        config: The choices.
-        own: Returns this rank's batch, or raises.
-        ranks: The ranks.
-        digest: Of what must be the same on all of them.
-        like: (K, D) means of the state, on this rank's device; None if means have to be seeded.
+    on any rank, and the batch carries a doubt. `own` returns this rank's batch or raises, `digest` is of what must be
+    the same on all ranks, and `like` holds the means of the state, (K, D), or None if means have to be seeded.
 
     Raises:
         Exception: As `own` does, here or on another rank.
@@ -117,7 +105,7 @@ def exchange(
 
 
 def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
-    """Returns the batch although the host has not seen all entries: if one is wrong, no row of any rank counts."""
+    """Returns this rank's share of a batch; if the entry of any rank is wrong, no row of any rank counts."""
     wrong = (entries.header != HEADER) | (entries.has_fault > 0) | (entries.digest != entries.digest[0])
     odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
     x = torch.where(wrong.any(), torch.nan, batch.x)
@@ -126,22 +114,14 @@ def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
 
 
 def settle(doubt: Doubt, *, at: str = "") -> None:
-    """Raises if a doubt was founded; its value must have arrived.
-
-    Args:
-        doubt: It.
-        at: The step it is about, if that is not the present one.
-
-    Raises:
-        Exception: The error that it is about.
-    """
+    """Raises the error of a doubt if its value, which must have arrived, confirms it; `at` may be " at step 3"."""
     if (value := int(doubt.value)) != FINE:
-        doubt.refuse(value, at and f" at {at}")
+        doubt.refuse(value, at)
 
 
-def ignored(count: int, N: int) -> str:
-    """Returns a phrase that counts ignored rows."""
-    return f"{count} of {N} rows ignored (NaN, infinite, beyond 1.8e13, or labelled to be ignored)"
+def ignored(count: int, N: int, at: str = "") -> str:
+    """Returns a sentence that counts ignored rows, without its full stop."""
+    return f"{count} of {N} rows were ignored{at} (NaN, infinite, beyond 1.8e13, or label -1 or -100)"
 
 
 def _refuse_without_values(name: str, value: Any) -> None:
@@ -167,10 +147,7 @@ def _refuse_label(K: int, label: int, at: str) -> None:
 
 
 def _refuse_rank(rank: int, at: str) -> None:
-    raise ValueError(
-        f"`update` must get a usable batch on every rank, with the same options and earlier updates, but rank {rank} "
-        f"had none{at}; see its error."
-    )
+    raise ValueError(f"Rank {rank} refused its batch{at}, or its options or updates differ; see its own error.")
 
 
 def _raise(error: Exception, _: int, __: str) -> None:
@@ -178,33 +155,23 @@ def _raise(error: Exception, _: int, __: str) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether there was too little memory, for which torch has a class on GPUs only."""
+    """Returns whether an error means that memory ran out; on a CPU, torch has no class for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text_of(error)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Turns a lack of memory in its block into a RuntimeError, since no rank can leave an exchange half way.
-
-    Raises:
-        RuntimeError: Memory ran out.
-    """
+    """Turns out-of-memory errors inside the block into RuntimeErrors, because no rank can leave an exchange midway."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(
-            error
-        ):  # if this rank skipped the batch, it would take the others' next message for another
+        if is_out_of_memory(error):  # a rank that skipped the batch would mistake the next message of the others
             raise RuntimeError("`update` ran out of memory in the middle of an exchange with other ranks.") from error
         raise
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
-    """Returns this rank's embeddings as an (N, D) float32 tensor, without what a subclass of Tensor adds to them.
-
-    Args:
-        embeddings: (N, D) of any real type, tensor or NumPy array.
-        D: The width to insist on, if any.
+    """Returns this rank's embeddings as a plain (N, D) float32 tensor, whatever subclass of Tensor they are.
 
     Raises:
         TypeError: It is neither a tensor nor an array, or not of real numbers.

@@ -14,16 +14,15 @@ from mixture_core.absorb_cpu import complete_, pack, unpack_
 VERSION = 3
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
 
-
 LowerState = NewType("LowerState", MixtureState)  # only the lower triangles of its covariances are defined
 
 
 class Progress(NamedTuple):
-    """How far an estimator has come: all that a later run needs to go on."""
+    """Everything that a resumed run needs."""
 
     state: LowerState | None = None  # None before the first update
     waiting: Tensor | None = None  # (n, D) rows so far, n < SEEDING_ROWS K; None once there were enough to seed means
-    n_steps: int = 0  # with a usable row since means were seeded; relocation counts windows by it
+    n_steps: int = 0  # steps with a usable row since the means were chosen; relocation counts windows with it
 
     @property
     def D(self) -> int | None:
@@ -53,14 +52,9 @@ def to_device(state: LowerState, device: torch.device) -> LowerState:
 
 
 def to_state_dict(config: MixtureConfig, progress: Progress, *, dim: int | None) -> dict[str, Tensor | int | str]:
-    """Returns the progress as tensors, ints and strings, all copied.
+    """Returns the progress as tensors, ints and strings, all copied; `dim` is D before the first update, None is 0.
 
-    Keys, types and, for a given D, shapes are always the same, as libraries that load in place need them.
-
-    Args:
-        config: The choices.
-        progress: What to keep.
-        dim: D, used before the first update; None is 0.
+    Keys, types and, for a given D, shapes are always the same, which libraries that load in place require.
     """
     K, (state, waiting, n_steps) = config.K, progress
     if state is None:
@@ -74,22 +68,13 @@ def to_state_dict(config: MixtureConfig, progress: Progress, *, dim: int | None)
     n_waiting = 0 if waiting is None else len(waiting)
     if waiting is not None:
         rows[:n_waiting] = waiting
+    is_updated = progress.state is not None
     values: dict[str, Tensor | int | str] = {
-        "version": VERSION,
-        "K": K,
-        "D": D,
-        "mode": config.mode,
-        "assigner": config.assigner,
-        "weight": moments.weight.clone(),
-        "mean": moments.mean.clone(),
-        "residual": state.residual.clone(),
-        "covariance": pack(moments.covariance),
-        "n_steps": n_steps,
-        "updated": int(progress.state is not None),
-        "started": int(progress.state is not None and waiting is None),
-        "n_waiting": n_waiting,
-        "waiting": rows,
-    }
+        "version": VERSION, "K": K, "D": D, "mode": config.mode, "assigner": config.assigner,
+        "weight": moments.weight.clone(), "mean": moments.mean.clone(), "residual": state.residual.clone(),
+        "covariance": pack(moments.covariance), "n_steps": n_steps, "updated": int(is_updated),
+        "started": int(is_updated and waiting is None), "n_waiting": n_waiting, "waiting": rows,
+    }  # fmt: skip
     return values | {"checksum": checksum(values)}
 
 
@@ -109,17 +94,11 @@ def checksum(values: Mapping[str, Any]) -> int:
 
 
 def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: int | None) -> Progress:
-    """Returns what `to_state_dict` was given, copied.
-
-    Args:
-        config: The choices.
-        state_dict: From `to_state_dict`.
-        D: The width to insist on, None for any.
+    """Returns a copy of the progress that `to_state_dict` was given; `D` is the width to insist on, None any.
 
     Raises:
         TypeError: It is not a mapping.
-        ValueError: Keys are missing or unknown, the version is unknown, K, D, mode, assigner or a shape differ, or a
-            value is damaged.
+        ValueError: It is from another kind of estimator, incomplete or damaged.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
@@ -127,16 +106,16 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     old = type(version := state_dict.get("version")) is int and version == 2
     if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
         keys = ", ".join(map(str, state_dict))
-        raise ValueError(f"The state_dict must have the keys {', '.join(wanted)}, got {keys}.")
+        raise ValueError(f"The state_dict has other keys than {', '.join(wanted)}: it has {keys}.")
     for key in ("K", "mode", "assigner") if old else ("version", "K", "mode", "assigner"):
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
-            raise ValueError(f"The state_dict must have {key} {wanted[key]!r}, got {_shown(state_dict[key])}.")
+            raise _differs(key, state_dict[key], wanted[key])
     K, rows = config.K, SEEDING_ROWS * config.K
     came = _count(state_dict, "D", at_most=None)
     updated, started = _count(state_dict, "updated", at_most=1), _count(state_dict, "started", at_most=1)
     n_waiting = _count(state_dict, "n_waiting", at_most=rows - 1)
     if D is not None and came != D and (updated or came):
-        raise ValueError(f"The state_dict must have D {D}, got {came}.")
+        raise _differs("D", came, D)
     weight, mean = _tensor(state_dict, "weight", K), _tensor(state_dict, "mean", K, came)
     waiting = _tensor(state_dict, "waiting", rows, came)
     if old:
@@ -149,26 +128,25 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
         expected = checksum(state_dict)
     if _count(state_dict, "checksum", at_most=None) != expected:
         raise ValueError(
-            "The state_dict must hold the values of one mixture, got parts that do not belong together; if each rank "
-            "has a mixture of its own, save each under its own key."
+            "The state_dict mixes the values of several mixtures; if each rank has a mixture of its own, save each "
+            "under its own key."
         )
     tensors = {"weight": weight, "mean": mean, "residual": residual, "covariance": covariance, "waiting": waiting}
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"The state_dict must have finite numbers as {key}, got NaN or infinity; load another one."
-            )
+    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"`{bad[0]}` of the state_dict has NaN or infinite entries; load another checkpoint.")
     if weight.min() < 0:
-        raise ValueError(
-            f"The state_dict must have weights of at least 0, got {float(weight.min()):g}; load another one."
-        )
+        raise ValueError(f"The state_dict has a negative weight, {float(weight.min()):g}; load another checkpoint.")
     if not updated:
         return Progress()
     if not came:
-        raise ValueError("The state_dict must have D at least 1 after an update, got 0.")
+        raise ValueError("The state_dict has D=0 after an update; load another checkpoint.")
     moments = Moments(weight=weight, mean=mean, covariance=covariance)
     state = LowerState(MixtureState(config=config, moments=moments, residual=residual))
     return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps)
+
+
+def _differs(key: str, came: object, own: object) -> ValueError:
+    return ValueError(f"The state_dict has {key}={_shown(came)}, but this estimator has {key}={own!r}.")
 
 
 def _checksum_2(weight: Tensor, mean: Tensor, covariance: Tensor) -> int:
@@ -181,7 +159,7 @@ def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None) -> i
     value = state_dict[key]
     if type(value) is not int or value < 0 or (at_most is not None and value > at_most):
         expected = "an int from 0 on" if at_most is None else f"an int from 0 to {at_most}"
-        raise ValueError(f"The state_dict must have {expected} as {key}, got {_shown(value)}.")
+        raise ValueError(f"The state_dict has {key}={_shown(value)} instead of {expected}.")
     return value
 
 
@@ -191,7 +169,7 @@ def _tensor(state_dict: Mapping[str, Any], key: str, *shape: int) -> Tensor:
     usable = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
     if not isinstance(tensor, Tensor) or not (usable and tensor.is_floating_point() and tuple(tensor.shape) == shape):
         came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else _shown(tensor)
-        raise ValueError(f"The state_dict must have a dense real tensor of shape {shape} as {key}, got {came}.")
+        raise ValueError(f"`{key}` of the state_dict is {came} instead of a dense real tensor of shape {shape}.")
     return tensor.detach().to(torch.float32, copy=True)
 
 

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: one launch instead of about twenty, which take the host longer than the GPU."""
+"""Steps as CUDA graphs: one launch instead of about twenty, whose launches take longer than their work."""
 
 import weakref
 from collections.abc import Callable
@@ -28,16 +28,11 @@ class Step(NamedTuple):
 
 
 class _Results:
-    """The results of one replay, in the graph's memory until they are read or the graph is to run again.
-
-    Args:
-        memory: float32: the number of ignored rows as the halves of an int64, weight, mean, R.
-        covariance: (K, D, D) of the state after the step, which is copied elsewhere.
-        N: Rows of the batch.
-    """
+    """The results of one replay, in the graph's memory until they are read or the graph runs again."""
 
     def __init__(self, memory: Tensor, covariance: Tensor, *, N: int) -> None:
-        self._memory, self._covariance, self._N = memory, covariance, N
+        self._memory = memory  # float32: the number of ignored rows as the halves of an int64, weight, mean, R
+        self._covariance, self._N = covariance, N  # the covariance is copied elsewhere
         self._parts: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -68,12 +63,7 @@ class _Graph:
 
 
 class Graphs:
-    """Captures one graph for each size of batch and each of the two memories of covariances, and replays it.
-
-    Args:
-        config: The choices.
-        say: Takes a warning for the user.
-    """
+    """Captures one graph for each size of batch and each of the two memories of covariances, and replays it."""
 
     def __init__(self, config: MixtureConfig, say: Callable[[str], None]) -> None:
         self._config, self._say = config, say
@@ -85,14 +75,7 @@ class Graphs:
         self._failed = False
 
     def step(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
-        """Returns the outcome of `advance` by a graph; None if a step without a graph has to come first.
-
-        Args:
-            state: From the step before.
-            x: (N, D) float32 embeddings on a GPU.
-            labels: (N,) int64 if responsibilities come from labels.
-            work: Memory other than the state's.
-        """
+        """Returns the outcome of `advance` by a graph; None if this batch size must first run without a graph."""
         N = len(x)
         if N not in self._warm or N == 0 or self._failed or x.device.index != torch.cuda.current_device():
             self._warm.add(N)
@@ -117,18 +100,11 @@ class Graphs:
             and embeddings.shape == known.shape
             and embeddings.device == known.device
             and known.device.index == torch.cuda.current_device()  # whose stream replays
-            and not torch.is_inference_mode_enabled()  # in which what is made cannot be used outside
+            and not torch.is_inference_mode_enabled()  # tensors made in inference mode cannot be used outside it
         )
 
     def replay(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
-        """Returns the outcome of `advance`; None if no graph has been captured.
-
-        Args:
-            state: From the step before.
-            x: (N, D) embeddings on a GPU, of any floating type.
-            labels: (N,) int64 if responsibilities come from labels.
-            work: Memory other than the state's.
-        """
+        """Returns the outcome of `advance` for embeddings of any floating type; None if no graph has been captured."""
         N = x.shape[0]
         graph = self._graphs.get(self._key(state, N, work))
         if graph is None:

@@ -31,14 +31,14 @@ class Updated(NamedTuple):
 
 
 class Part(Enum):
-    """What a call of `update` is to its training step."""
+    """Whether an update begins its training step or continues it."""
 
     FIRST = auto()  # the step begins: earlier weights decay
     FURTHER = auto()  # more rows of the same step: nothing decays in between
 
 
 class _Outcome(NamedTuple):
-    """A step that has been computed, before it becomes the estimator's."""
+    """A computed step that has not been committed."""
 
     state: LowerState
     results: Source
@@ -50,12 +50,7 @@ class _Outcome(NamedTuple):
 
 
 class Mixture:
-    """Takes batches in, and keeps the state, the memory that it lives in, and the training step that is under way.
-
-    Args:
-        config: The choices.
-        process_group: The ranks to exchange with if `cross_rank` is on; None is the default group.
-    """
+    """Takes batches; owns the state, its memory and the current training step."""
 
     def __init__(self, config: MixtureRuntimeConfig, process_group: Any) -> None:
         self._config, self._core, self._group = config, config.core, process_group
@@ -82,14 +77,8 @@ class Mixture:
     def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None) -> Updated | None:
         """Returns the outcome of one more batch; None if memory ran out before there were any statistics.
 
-        Args:
-            embeddings: (N, D), tensor or NumPy array.
-            labels: (N,) integers; not used unless responsibilities come from labels.
-            token: Of the training step; that of the call before makes this batch a further part. None is of no other.
-            problem: An error that this rank has instead of a batch, and that other ranks must be told.
-
-        Raises:
-            Exception: As `MixtureStats.update` does.
+        The same `token` as before makes this batch a further part of its training step; None is never the same.
+        `problem` is an error that this rank has instead of a batch, and that other ranks must be told.
         """
         if torch._C._are_functorch_transforms_active():
             with outside_transforms():
@@ -160,7 +149,7 @@ class Mixture:
         else:
             outcome = self._go_on(state, batch, part, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
-            raise ValueError(f"`strict` expects every row to be usable, got {ignored(n_ignored, int(batch.n_rows))}.")
+            raise ValueError(f"{ignored(n_ignored, int(batch.n_rows))}, but `strict` is set.")
         updated = self._commit(outcome, part, batch.n_rows)
         self._early = []
         if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part
@@ -171,7 +160,7 @@ class Mixture:
         return updated
 
     def _seed(self, early: list[Batch], batch: Batch, total: Total | None) -> _Outcome:
-        """The step from means that are seeded from all rows so far, and so with all parts of the step once more."""
+        """Computes the step from newly seeded means; all parts of the step are processed again."""
         progress = self.progress
         if progress.state is None:
             self.notes += size_note(self._config.K, batch.everyone.shape[1])
@@ -182,7 +171,7 @@ class Mixture:
         return _Outcome(state, results, before, _is_idle(results, batch.n_rows), waiting)
 
     def _go_on(self, state: LowerState, batch: Batch, part: Part, total: Total | None) -> _Outcome:
-        """The step from the state, with components moved before it if that is due."""
+        """Computes the step from the state, after a relocation if one is due."""
         kept = state if state.moments.weight.device == batch.x.device else to_device(state, batch.x.device)
         start, n_relocated, before = kept, None, kept.moments.covariance
         if self._is_move_due(part):
@@ -213,7 +202,7 @@ class Mixture:
         return LowerState(new), _results(stats)
 
     def _skip(self, embeddings: Any, part: Part, error: Exception) -> Updated | None:
-        """The outcome of a batch none of whose rows counts: an instrument must not end the run that it watches."""
+        """Returns the outcome of a batch without usable rows: an instrument must not end the run that it watches."""
         if not self.is_short:
             self.is_short = True
             self.notes.append(f"`update` ran out of memory and skips such batches: {text_of(error)}")
@@ -223,7 +212,9 @@ class Mixture:
         N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # another rank may be the one without memory
         weight, K = state.moments.weight, self._config.K
         ignores_all = mixture_core.StepStats(
-            moments=state.moments, R=weight.new_zeros(N, K), n_ignored=weight.new_full((), N, dtype=torch.int64)
+            moments=state.moments,
+            R=weight.new_zeros(1, K).expand(N, K),
+            n_ignored=weight.new_full((), N, dtype=torch.int64),
         )
         self._early = self._early if part is Part.FURTHER else []
         outcome = _Outcome(state, _results(ignores_all), state.moments.covariance, True, waiting)

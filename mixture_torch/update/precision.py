@@ -1,4 +1,4 @@
-"""Full float32 and permission to wait for a GPU, whatever settings training has made."""
+"""Contexts for full float32 and for waiting for a GPU, whatever torch's settings are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,10 +18,8 @@ def full_float32(beside: object) -> Iterator[None]:
     precision is set per backend, since `torch.get_float32_matmul_precision` raises if a backend was set alone.
 
     Plain functions set everything, and nested `finally` blocks restore it: if an interrupt came between two settings,
-    torch's own context managers could leave gradients or autocast off for the rest of the training.
-
-    Args:
-        beside: A tensor on the device to compute on; anything else is the CPU.
+    torch's own context managers could leave gradients or autocast off for the rest of the training. `beside` is a
+    tensor on the device to compute on; anything else means the CPU.
     """
     device_type = _device_type(beside)
     reduced = [(matmul, matmul.fp32_precision) for matmul in MATMULS if matmul.fp32_precision not in ("ieee", "none")]
@@ -50,7 +48,7 @@ def full_float32(beside: object) -> Iterator[None]:
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Leaves the transforms of torch.func in its block, since nothing in an update has a derivative."""
+    """Suspends torch.func transforms inside the block; updates have no derivatives."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # not public
 
     with temporarily_clear_interpreter_stack():

@@ -1,4 +1,4 @@
-"""Other ranks: which one writes files, and every collective."""
+"""All collectives, and the choice of the rank that writes files."""
 
 import os
 import zlib
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-HEADER = 0x6D697874757265  # begins each entry; anything else comes from another collective
+HEADER = 0x6D697874757265  # first word of each entry; another value means that a rank is in another collective
 MESSAGE = 1000  # bytes of an error message that other ranks are sent
 ERRORS = (ValueError, TypeError, MemoryError, OSError, Exception)
 
@@ -50,7 +50,7 @@ class Ranks:
         self._group = group
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
         if self.rank < 0:
-            raise ValueError("`process_group` must hold this process if `cross_rank` is on, got one without it.")
+            raise ValueError("`process_group` does not include this process, but `cross_rank` needs it to.")
 
     @cached_property
     def device(self) -> torch.device:
@@ -67,9 +67,7 @@ class Ranks:
     def enter(self, entry: Entry, doubts: list[Tensor]) -> Entries:
         """Returns the entries of all ranks; the host does not wait for a GPU.
 
-        Args:
-            entry: This rank's.
-            doubts: () int64 each, at least 0 if there is a fault that the host has not seen yet.
+        A doubt, () int64, is at least 0 if this rank has a fault that the host has not seen yet.
         """
         values = [HEADER, entry.fault is not None, entry.N, entry.D, entry.digest, entry.waits]
         own = torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -80,10 +78,6 @@ class Ranks:
     def settle(self, entries: Entries, fault: Exception | None) -> list[int]:
         """Returns the size of each rank's batch if all ranks can go on to exchange them; waits for a GPU.
 
-        Args:
-            entries: From `enter`.
-            fault: This rank's.
-
         Raises:
             Exception: A rank has a fault, which is raised on every rank.
             ValueError: Ranks differ in D, in options or in state; on every rank.
@@ -92,28 +86,24 @@ class Ranks:
         headers, faults, sizes, widths, digests, _ = (column.tolist() for column in entries)
         if (rank := next((rank for rank, header in enumerate(headers) if header != HEADER), None)) is not None:
             raise RuntimeError(
-                f"Ranks are out of step: rank {rank} is in another collective than `update`; call `update` equally "
-                "often on every rank."
+                f"Ranks are out of step: rank {rank} called another collective instead of `update`; call `update` "
+                "equally often on every rank."
             )
         if any(faults):
             raise self._error_of(next(rank for rank, count in enumerate(faults) if count), fault) from fault
-        if (rank := _odd(widths)) is not None:
-            most, D = _usual(widths), widths[rank]
+        if odd := _odd(widths):
+            rank, most = odd
+            D = widths[rank]
             raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
-        if (rank := _odd(digests)) is not None:
+        if odd := _odd(digests):
             raise ValueError(
                 "`update` must be called on every rank with the same `step`, options, state_dict and number of earlier "
-                f"updates, but one of these differs on rank {rank}."
+                f"updates, but one of these differs on rank {odd[0]}."
             )
         return sizes
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """Returns the rows of all ranks, in the order of ranks.
-
-        Args:
-            rows: (N, ...) this rank's; N may differ between ranks and be 0.
-            sizes: N of each rank.
-        """
+        """Returns the rows of all ranks, (sum of sizes, ...), in the order of ranks."""
         if not any(sizes):
             return rows
         padded = rows.new_zeros(max(sizes), *rows.shape[1:], device=self.device)
@@ -133,7 +123,7 @@ class Ranks:
         return whole.to(tensor.device)
 
     def _error_of(self, odd: int, fault: Exception | None) -> Exception:
-        """The error of one rank, to be raised on all: its place in ERRORS and its message are sent as bytes."""
+        """Returns one rank's error for all ranks to raise; its class and message are sent as bytes."""
         kind = next(n for n, error in enumerate(ERRORS) if fault is None or isinstance(fault, error))
         own = bytes([kind]) + text_of(fault).encode(errors="replace")[:MESSAGE]
         padded = torch.tensor(list(own.ljust(1 + MESSAGE, b"\0")), dtype=torch.uint8)
@@ -160,11 +150,7 @@ def is_main_rank(group: Any = None) -> bool:
 
 
 def other_ranks(group: Any = None, *, was_together: bool) -> Ranks | None:
-    """Returns the ranks to exchange with; None if this process is alone.
-
-    Args:
-        group: The process group, None for the default one.
-        was_together: Whether this process has exchanged with other ranks before.
+    """Returns the ranks to exchange with, None if this process is alone; `was_together`: it was not alone before.
 
     Raises:
         ValueError: This process is not in the group.
@@ -194,14 +180,10 @@ def digest(*values: object) -> int:
     return zlib.crc32(repr(values).encode())
 
 
-def _usual(values: list[int]) -> int:
-    """The value that most ranks have."""
-    return Counter(values).most_common(1)[0][0]
-
-
-def _odd(values: list[int]) -> int | None:
-    """The first rank with another value than most, None if all have the same."""
-    return next((rank for rank, value in enumerate(values) if value != _usual(values)), None)
+def _odd(values: list[int]) -> tuple[int, int] | None:
+    """The first rank with another value than most, and the value of most; None if all have the same."""
+    usual = Counter(values).most_common(1)[0][0]
+    return next(((rank, usual) for rank, value in enumerate(values) if value != usual), None)
 
 
 def local_rows(x: object) -> object:

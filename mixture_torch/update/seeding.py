@@ -16,13 +16,9 @@ LARGE = 1e9  # bytes; the user is told the size of a larger state
 def seed(
     config: MixtureRuntimeConfig, core: MixtureConfig, progress: Progress, x: Tensor
 ) -> tuple[LowerState, Tensor | None]:
-    """Returns the state to start from, and the rows to keep, as there are too few of them so far; None if not.
+    """Returns the state to start from, and the rows to keep if there are too few of them so far.
 
-    Args:
-        config: All options.
-        core: Those of the mixture.
-        progress: That of the estimator.
-        x: (N, D) new rows of all ranks.
+    `core` holds the options of the mixture, and `x`, (N, D), the new rows of all ranks.
     """
     if config.uses_labels:
         return LowerState(mixture_core.init(core, x)), None
@@ -38,11 +34,7 @@ def seed(
 
 
 class FirstWindow:
-    """Counts the rows of the first window, to tell the user once if they are too few for K.
-
-    Args:
-        config: The options.
-    """
+    """Counts the rows of the first window, to tell the user once if they are too few for K."""
 
     def __init__(self, config: MixtureRuntimeConfig) -> None:
         self._K, self._window = config.K, config.window
@@ -52,10 +44,7 @@ class FirstWindow:
     def add(self, N: int | Tensor, *, is_further: bool, may_grow: bool) -> list[str]:
         """Returns a warning if a whole window has come and it had too few rows.
 
-        Args:
-            N: Rows of the last step so far.
-            is_further: Whether that step has been added before.
-            may_grow: Whether it may have further parts.
+        `N` counts the rows of the last step so far, which `is_further` if it was added before, and which may yet grow.
         """
         if is_further:
             self._sizes.pop()
@@ -81,6 +70,6 @@ def size_note(K: int, D: int) -> list[str]:
     if (size := 4 * K * (1 + D + D * D)) <= LARGE:
         return []
     return [
-        f"The mixture of K = {K} components of D = {D} takes {size / 1e9:.1f} GB, and each step as much again; a "
-        "smaller K, or a projection to fewer dimensions, takes less."
+        f"The mixture (K={K}, D={D}) takes {size / 1e9:.1f} GB, and so does each step; a smaller K, or a projection to "
+        "fewer dimensions, takes less."
     ]

@@ -1,4 +1,4 @@
-"""The statistics of a step: computed in memory that later steps overwrite, copied for their reader when first read."""
+"""The statistics of a step. They lie in memory that later steps overwrite, and are copied when first read."""
 
 import weakref
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mixture_core.absorb_cpu import Workspace, complete_
 from mixture_core.pytrees import pytree
 from mixture_torch.update.precision import full_float32
 
-SLACK = 4  # memory for rows may be this many times as long as the batch needs
+SLACK = 4  # memory for rows is replaced if it is more than this many times too long
 
 
 class Source(Protocol):
@@ -89,7 +89,7 @@ class _Fields(mixture_core.StepStats):
 
 @pytree
 class StepStats(_Fields):
-    """The mixture after a step, and what became of the step's rows; read by attribute or by key.
+    """The mixture after a step, and the assignment of the step's rows; read by attribute or by key.
 
     It holds pi (K,), mu (K, D), Sigma (K, D, D), B (D, D), R (N, K), and the scalars trace_B, opnorm_B,
     participation_ratio, n_ignored (rows) and n_relocated (components moved just before the step). It is empty, and
@@ -176,12 +176,7 @@ class Memory:
         self._readers: list[tuple[Tensor, weakref.ref[ExactMoments]]] = []  # who may yet read each memory
 
     def lend(self, like: Tensor, *, N: int) -> Workspace:
-        """Returns memory for a step of N rows, to write covariances of this shape to; it is not the memory of `like`.
-
-        Args:
-            like: (K, D, D) covariances that the step starts from.
-            N: Rows of the batch.
-        """
+        """Returns memory for a step of N rows, other than that of the covariances that it starts from, `like`."""
         spare = self._spare
         if spare is None or spare is like or spare.shape != like.shape or spare.device != like.device:
             spare = torch.empty_like(like)
@@ -201,14 +196,7 @@ class Memory:
         return Workspace(spare, self._rows)
 
     def hand_out(self, source: Source, rows: Rows, n_relocated: Tensor | None, *, before: Tensor) -> StepStats:
-        """Returns the statistics for their reader.
-
-        Args:
-            source: The results of the step.
-            rows: Those of the training step.
-            n_relocated: Components that were moved before the step, (); None is 0.
-            before: The covariances that the step started from; the next step may write to their memory.
-        """
+        """Returns the statistics for their reader; the next step may write to the memory of `before`."""
         moments = ExactMoments.of(source)
         self._spare = before
         self._readers = [reader for reader in self._readers if reader[0] is before]

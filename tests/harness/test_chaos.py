@@ -55,7 +55,7 @@ class Life:
                 self._run()
             said = [str(warning.message) for warning in caught]
             known = [
-                re.match(r"\d+ of \d+ rows ignored|K=\d+ is too large|`log_step` has nothing", text) for text in said
+                re.match(r"\d+ of \d+ rows were ign|K=\d+ is too large|`log_step` has nothing", text) for text in said
             ]
             kinds = [match and match[0].lstrip("0123456789")[:3] for match in known]
             assert None not in kinds, said

@@ -112,7 +112,7 @@ def test_load_state_dict_replaces_what_was() -> None:
 def test_load_state_dict_of_another_width_is_refused(other: MixtureStats) -> None:
     wrapper = estimator()
     wrapper.update(mixture(D=6)[0])
-    with unchanged(other), pytest.raises(ValueError, match=r"^The state_dict must have D 4, got 6\."):
+    with unchanged(other), pytest.raises(ValueError, match=r"^The state_dict has D=6, but this estimator has D=4\."):
         other.load_state_dict(wrapper.state_dict())
 
 
@@ -152,13 +152,13 @@ def test_state_stays_float32_whatever_is_loaded() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda d: d | {"version": 99}, "version 3, got 99"),
-    "K": (lambda d: d | {"K": 5}, "K 3, got 5"),
-    "mode": (lambda d: d | {"mode": "per_batch"}, "mode 'ema', got 'per_batch'"),
-    "assigner": (lambda d: d | {"assigner": "label_supervised"}, "'kmeans_online', got 'label_supervised'"),
-    "missing key": (lambda d: {k: v for k, v in d.items() if k != "mean"}, "the keys"),
-    "more keys": (lambda d: d | {"loss": 1}, "got version, .*loss"),
-    "empty": (lambda d: {}, "the keys"),
+    "version": (lambda d: d | {"version": 99}, "version=99, but this estimator has version=3"),
+    "K": (lambda d: d | {"K": 5}, "K=5, but this estimator has K=3"),
+    "mode": (lambda d: d | {"mode": "per_batch"}, "mode='per_batch', but this estimator has mode='ema'"),
+    "assigner": (lambda d: d | {"assigner": "label_supervised"}, "has assigner='label_supervised', but"),
+    "missing key": (lambda d: {k: v for k, v in d.items() if k != "mean"}, "other keys"),
+    "more keys": (lambda d: d | {"loss": 1}, "it has version, .*loss"),
+    "empty": (lambda d: {}, "other keys"),
     "weight too long": (lambda d: d | {"weight": torch.ones(5)}, "weight"),
     "weight a list": (lambda d: d | {"weight": [1.0, 2.0, 3.0]}, "weight"),
     "mean too wide": (lambda d: d | {"mean": torch.ones(3, 5)}, "mean"),
@@ -167,13 +167,13 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "covariance too long": (lambda d: d | {"covariance": torch.ones(5, 4, 4)}, "covariance"),
     "covariance not square": (lambda d: d | {"covariance": torch.ones(3, 4, 5)}, "covariance"),
     "waiting too wide": (lambda d: d | {"waiting": torch.ones(2, 5)}, "waiting"),
-    "another D": (lambda d: d | {"D": 5}, "D 4, got 5"),
-    "D negative": (lambda d: d | {"D": -4}, "an int from 0 on as D, got -4"),
-    "D 0": (lambda d: d | {"D": 0, "mean": torch.ones(3, 0)}, "D 4, got 0"),
-    "more waiting than can be": (lambda d: d | {"n_waiting": 12}, "an int from 0 to 11 as n_waiting, got 12"),
-    "started a bool": (lambda d: d | {"started": True}, "an int from 0 to 1 as started, got True"),
+    "another D": (lambda d: d | {"D": 5}, "D=5, but this estimator has D=4"),
+    "D negative": (lambda d: d | {"D": -4}, "D=-4 instead of an int from 0 on"),
+    "D 0": (lambda d: d | {"D": 0, "mean": torch.ones(3, 0)}, "D=0, but this estimator has D=4"),
+    "more waiting than can be": (lambda d: d | {"n_waiting": 12}, "n_waiting=12 instead of an int from 0 to 11"),
+    "started a bool": (lambda d: d | {"started": True}, "started=True instead of an int from 0 to 1"),
     "D a text": (lambda d: d | {"D": "4"}, "D|mean|covariance"),
-    "K a tensor": (lambda d: d | {"K": torch.tensor([3, 4])}, "K 3, got tensor"),
+    "K a tensor": (lambda d: d | {"K": torch.tensor([3, 4])}, "K=tensor.*but this estimator has K=3"),
     "complex": (lambda d: d | {"mean": torch.ones(3, 4) * 1j}, "mean"),
     "None": (lambda d: None, "got None"),
     "list": (lambda d: list(d), "got "),
@@ -186,7 +186,6 @@ def test_load_state_dict_says_what_is_wrong(change: Callable[[dict[str, Any]], A
     with pytest.raises((TypeError, ValueError), match=text) as error:
         wrapper.load_state_dict(change(dict(state_dict)))
     assert "state_dict" in str(error.value)
-    assert "must" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -259,12 +258,12 @@ def test_deep_copy_has_the_mixture_and_no_files(options: dict[str, Any], updates
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("weight", float("nan"), "finite numbers as weight, got NaN or infinity"),
-        ("weight", -1.0, "weights of at least 0, got -1;"),
-        ("mean", float("inf"), "finite numbers as mean"),
-        ("covariance", float("nan"), "finite numbers as covariance"),
-        ("residual", float("nan"), "finite numbers as residual"),
-        ("waiting", float("nan"), "finite numbers as waiting"),
+        ("weight", float("nan"), "`weight` of the state_dict has NaN or infinite entries"),
+        ("weight", -1.0, "The state_dict has a negative weight, -1;"),
+        ("mean", float("inf"), "`mean` of the state_dict has NaN"),
+        ("covariance", float("nan"), "`covariance` of the state_dict has NaN"),
+        ("residual", float("nan"), "`residual` of the state_dict has NaN"),
+        ("waiting", float("nan"), "`waiting` of the state_dict has NaN"),
     ],
 )
 def test_checkpoint_with_damaged_values_is_refused(key: str, value: float, text: str) -> None:
@@ -273,7 +272,7 @@ def test_checkpoint_with_damaged_values_is_refused(key: str, value: float, text:
     assert isinstance(damaged, Tensor)
     damaged.view(-1)[1] = value
     state_dict["checksum"] = checksum(state_dict)
-    with unchanged(wrapper), pytest.raises(ValueError, match=f"^The state_dict must have {text}"):
+    with unchanged(wrapper), pytest.raises(ValueError, match=f"^{text}"):
         wrapper.load_state_dict(state_dict)
 
 
@@ -281,5 +280,5 @@ def test_checkpoint_of_parts_that_do_not_belong_together_is_refused() -> None:
     wrapper, other = run(estimator(), range(2)), run(estimator(), range(3))
     for part in ("weight", "mean", "covariance"):
         mixed = wrapper.state_dict() | {part: other.state_dict()[part]}
-        with pytest.raises(ValueError, match="of one mixture, got parts that do not belong together"):
+        with pytest.raises(ValueError, match="mixes the values of several mixtures"):
             estimator().load_state_dict(mixed)

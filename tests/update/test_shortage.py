@@ -116,7 +116,7 @@ def test_state_that_is_too_large_for_any_memory_harms_nothing() -> None:
         warnings.simplefilter("always")
         assert not wrapper.update(x, torch.zeros(1, dtype=torch.int64))
     assert [str(warning.message).split(":")[0][:30] for warning in caught] == [
-        "The mixture of K = 2 component",
+        "The mixture (K=2, D=4194304) t",
         "`update` ran out of memory and",
     ]
 
@@ -124,7 +124,7 @@ def test_state_that_is_too_large_for_any_memory_harms_nothing() -> None:
 @pytest.mark.parametrize(("K", "D", "said"), [(8, 5590, "1.0 GB"), (1000, 2048, "16.8 GB")])
 def test_large_state_says_its_size(K: int, D: int, said: str) -> None:
     (note,) = size_note(K, D)
-    assert f"K = {K} components of D = {D} takes {said}" in note
+    assert f"(K={K}, D={D}) takes {said}" in note
 
 
 def test_ordinary_state_says_nothing() -> None:
@@ -134,7 +134,7 @@ def test_ordinary_state_says_nothing() -> None:
         estimator().update(mixture()[0])
 
 
-@pytest.mark.filterwarnings("ignore:`update` ran out of memory", "ignore:.* rows ignored")
+@pytest.mark.filterwarnings("ignore:`update` ran out of memory", "ignore:.* rows were ignored")
 def test_skipped_part_of_a_step_leaves_the_others_in_its_record(run_out: Callable[..., Any], tmp_path: Path) -> None:
     with estimator(log_dir=tmp_path, store_scores=True) as wrapper:
         with activate(wrapper, step=0):

@@ -139,7 +139,7 @@ def test_figures_of_a_step_are_nan_only_where_all_its_rows_are_ignored(tmp_path:
         for step, batches in enumerate([[mixture()[0], bad], [bad, mixture()[0]], [bad, bad]]):
             for batch in batches:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".* rows ignored")
+                    warnings.filterwarnings("ignore", message=".* rows were ignored")
                     wrapper.update(batch, step=step)
             wrapper.log_step(step=step, epoch=0)
     assert np.isnan(read_log(tmp_path)["trace_B"]).tolist() == [False, False, True]

@@ -89,7 +89,7 @@ def one_hot(labels: Tensor, K: int = 3) -> Tensor:
 def update_quietly(estimator: MixtureStats, *batch: Any, step: Any = None) -> dict[str, Tensor]:
     """Updates without a warning about ignored rows."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* rows ignored")
+        warnings.filterwarnings("ignore", message=".* rows were ignored")
         return dict(estimator.update(*batch, step=step))
 
 

@@ -246,7 +246,7 @@ def test_warning_that_is_an_error_comes_after_the_update(tmp_path: Path) -> None
             with contextlib.suppress(UserWarning):
                 expected.update(x)
             if x is bad:
-                with pytest.raises(UserWarning, match="1 of 60 rows ignored"):
+                with pytest.raises(UserWarning, match="1 of 60 rows were ignored"):
                     wrapper.update(x)
             else:
                 wrapper.update(x)

@@ -54,11 +54,11 @@ def test_bad_rows_are_warned_about_once() -> None:
         warnings.simplefilter("always")
         for step in range(10):
             wrapper.update(spoiled(row=step))
-    assert [str(warning.message).split(";")[0].split(" (")[0] for warning in caught] == ["1 of 60 rows ignored"]
+    assert [str(warning.message).split(";")[0].split(" (")[0] for warning in caught] == ["1 of 60 rows were ignored"]
 
 
 def test_warning_points_at_the_line_that_called_update() -> None:
-    with pytest.warns(UserWarning, match="rows ignored") as caught:
+    with pytest.warns(UserWarning, match="rows were ignored") as caught:
         estimator().update(spoiled())
     assert caught[0].filename == __file__
 
@@ -154,7 +154,7 @@ def test_strict_refuses_a_bad_row(value: float, first: bool) -> None:
     wrapper = estimator(strict=True)
     if not first:
         wrapper.update(mixture()[0])
-    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` expects every row .*, got 1 of 60 rows"):
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^1 of 60 rows were ignored .*, but `strict` is set\.$"):
         wrapper.update(spoiled(value))
 
 
@@ -162,7 +162,7 @@ def test_strict_refuses_an_ignored_label() -> None:
     wrapper, (x, labels) = estimator(strict=True, **LABELLED), mixture()
     wrapper.update(x, labels)
     labels[3] = -1
-    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` expects every row .*, got 1 of 60 rows"):
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^1 of 60 rows were ignored .*, but `strict` is set\.$"):
         wrapper.update(x, labels)
 
 

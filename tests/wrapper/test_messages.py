@@ -118,12 +118,12 @@ def test_assign_says_what_is_wrong_with_a_batch(wrong: Wrong) -> None:
 
 
 def test_assign_comes_after_update() -> None:
-    with pytest.raises(ValueError, match=r"^`assign` must come after `update`, got no mixture to assign to\.$"):
+    with pytest.raises(ValueError, match=r"^There is no mixture to assign to: call `update` first\.$"):
         estimator().assign(X)
 
 
 def test_assign_says_that_the_estimator_is_disabled() -> None:
-    with pytest.raises(ValueError, match=r"^`enabled` must be true for `assign`, got false: "):
+    with pytest.raises(ValueError, match=r"^There is no mixture to assign to: the estimator is disabled\.$"):
         estimator(enabled=False).assign(X)
 
 
