@@ -149,7 +149,7 @@ class Mixture:
         else:
             outcome = self._go_on(state, batch, part, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
-            raise ValueError(f"{ignored(n_ignored, int(batch.n_rows))}, but `strict` is set.")
+            raise ValueError(f"`strict` is set, but {ignored(n_ignored, int(batch.n_rows))}.")
         updated = self._commit(outcome, part, batch.n_rows)
         self._early = []
         if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part

@@ -165,7 +165,7 @@ def test_of_two_faults_all_raise_the_first(exchange: str, results: Results) -> N
 def test_bad_row_of_one_rank_raises_on_all_where_strict(exchange: str, results: Results) -> None:
     for refused, accepted in results(f"strict, {exchange}"):
         assert (refused["error"], refused["unchanged"]) == ("ValueError", True)
-        assert refused["message"].startswith("1 of 19 rows were ignored (NaN")
+        assert refused["message"].startswith("`strict` is set, but 1 of 19 rows were ignored (NaN")
         assert_state_close(accepted, estimator().update(mixture(19)[0]))
 
 

@@ -154,7 +154,7 @@ def test_strict_refuses_a_bad_row(value: float, first: bool) -> None:
     wrapper = estimator(strict=True)
     if not first:
         wrapper.update(mixture()[0])
-    with unchanged(wrapper), pytest.raises(ValueError, match=r"^1 of 60 rows were ignored .*, but `strict` is set\.$"):
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` is set, but 1 of 60 rows were ignored .*\.$"):
         wrapper.update(spoiled(value))
 
 
@@ -162,7 +162,7 @@ def test_strict_refuses_an_ignored_label() -> None:
     wrapper, (x, labels) = estimator(strict=True, **LABELLED), mixture()
     wrapper.update(x, labels)
     labels[3] = -1
-    with unchanged(wrapper), pytest.raises(ValueError, match=r"^1 of 60 rows were ignored .*, but `strict` is set\.$"):
+    with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` is set, but 1 of 60 rows were ignored .*\.$"):
         wrapper.update(x, labels)
 
 
