@@ -29,11 +29,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 # Calls before which the run is killed, each in another process that resumes it.
 KILLS: dict[str, list[tuple[str, int]]] = {
-    "before any checkpoint": [("log_step", 6)],
     "inside the first checkpoint": [("replace", 2)],  # the first replaces config.yaml
-    "right after a checkpoint": [("log_step", EPOCH + 1)],
     "in the second epoch": [("log_step", EPOCH + 6)],
-    "inside the last checkpoint": [("replace", 3)],
     "three times": [("log_step", 6), ("log_step", EPOCH + 2), ("log_step", 3)],
 }
 
@@ -199,25 +196,6 @@ def test_resumed_run_notes_in_one_line_what_it_set_aside(
     assert demo("--resume", "--out", str(tmp_path))[0] == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "mixture.superseded-1.csv" in line]
     assert line.startswith("Note: ")
-
-
-def test_resuming_without_any_run_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert demo("--resume")[0] == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "There is no run to resume in `runs/demo`" in line
-    assert not contents(tmp_path)
-
-
-def test_disabled_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    off = ("--set", "runtime.mixture.enabled=false")
-    assert demo(*BRIEF, *off, "--out", str(tmp_path / "whole"))[0] == 0
-    kill(tmp_path / "killed", ("log_step", EPOCH + 6), options=off)
-    assert demo("--resume", "--out", str(tmp_path / "killed"))[0] == 0
-    whole, resumed = (leaves(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
-    assert resumed == whole
 
 
 def test_run_of_one_process_is_resumed_on_two_and_leaves_one_log(tmp_path: Path) -> None:

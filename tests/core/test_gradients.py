@@ -92,20 +92,6 @@ def test_hessian_of_trace_B_equals_finite_differences_of_its_gradient(config: Mi
     assert not actual[:, :, BAD].any()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_func_grad_equals_plain_autograd(config: MixtureConfig) -> None:
-    state, x, labels = problem(config)
-    leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(step(state, leaf, labels)[1].trace_B, leaf)
-    assert torch.equal(grad(reading(state, labels, "trace_B"))(x), expected)
-
-
-def test_jacfwd_equals_jacrev() -> None:
-    state, x, labels = problem(CONFIGS[0])
-    function = reading(state, labels, "B")
-    assert relative_error(jacfwd(function)(x), jacrev(function)(x)) <= FLOAT64
-
-
 def test_grad_with_respect_to_the_state_equals_finite_differences() -> None:
     state, x, labels = problem(SUPERVISED)
 

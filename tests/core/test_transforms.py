@@ -78,21 +78,6 @@ def test_vmap_equals_a_loop(config: MixtureConfig, over_states: bool, over_batch
         assert_results_close(item(results, index), step(state, x, labels))
 
 
-def test_vmap_of_vmap_equals_a_loop() -> None:
-    states, (x, labels) = [warm(CONFIGS[0], seed) for seed in range(4)], batch(10)
-    pairs = stack(stack(*states[:2]), stack(*states[2:]))
-    results = vmap(vmap(step, in_dims=(0, None, None)), in_dims=(0, None, None))(pairs, x, labels)
-    for index, state in enumerate(states):
-        assert_results_close(item(item(results, index // 2), index % 2), step(state, x, labels))
-
-
-def test_vmap_of_a_batch_without_rows_leaves_the_states() -> None:
-    states = [warm(CONFIGS[0], seed) for seed in range(2)]
-    new, stats = vmap(step, in_dims=(0, None))(stack(*states), torch.zeros(0, D))
-    assert_moments_close(new.moments, stack(*states).moments, 0.0)
-    assert stats.R.shape == (2, 0, K)
-
-
 def test_vmap_of_assign_and_merge_equals_a_loop() -> None:
     states, (x, _) = [warm(CONFIGS[0], seed) for seed in range(2)], batch(10)
     assert torch.equal(
@@ -135,15 +120,6 @@ def test_compiled_steps_of_ever_new_sizes_are_few_graphs() -> None:
         expected, expected_stats = step(expected, x, labels)
     assert counter.frame_count <= 2  # the first size, and then any
     assert_results_close((state, stats), (expected, expected_stats))
-
-
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
-def test_compiled_vmap_equals_a_loop(config: MixtureConfig) -> None:
-    states, batches = [warm(config, seed) for seed in range(3)], [batch(10 + seed) for seed in range(3)]
-    compiled = torch.compile(vmap(step), fullgraph=True, backend="aot_eager")
-    results = compiled(stack(*states), stack(*batches)[0], stack(*batches)[1])
-    for index, (state, (x, labels)) in enumerate(zip(states, batches, strict=True)):
-        assert_results_close(item(results, index), step(state, x, labels))
 
 
 def readings(state: MixtureState, x: Tensor) -> dict[str, Tensor]:

@@ -108,29 +108,6 @@ def test_torn_row_takes_a_number_that_no_file_has_and_is_moved_once(tmp_path: Pa
 
 # Superseding
 
-POSITIONS = [(0, 0), (1, 5), (0, 1), (2, 0), (0, 9), (1, 1)]  # of several runs
-
-
-@pytest.mark.parametrize("position", [(0, 0), (0, 9), (1, 1), (1, 2), (3, 0)])
-def test_supersede_moves_rows_at_or_behind_a_position_wherever_they_stand(
-    tmp_path: Path, position: tuple[int, int]
-) -> None:
-    file = LogFile(tmp_path, say=print)
-    for epoch, step in POSITIONS:
-        file.append_row(step, epoch, 8, FIGURES)
-    moved = [at for at in POSITIONS if at >= position]
-    kept = [at for at in POSITIONS if at < position]
-    assert file.supersede(position, 3) == len(moved)
-    assert file.last == (kept[-1] if kept else None)
-    file.append_row(7, 7, 8, FIGURES)
-    file.close()
-    log = read_log(tmp_path)
-    assert list(zip(log["epoch"], log["step"], strict=True)) == [*kept, (7, 7)]
-    aside = tmp_path / "mixture.superseded-3.csv"
-    assert aside.exists() == bool(moved)
-    if moved:
-        assert aside.read_bytes().count(b"\n") == len(moved) + 1
-
 
 def test_supersede_keeps_other_rows_byte_for_byte(tmp_path: Path) -> None:
     kept = b"0,0,8,0.50,0.5,2.0,1\r\ndamaged\n 1,0,8,1e-3,nan,2,1\n"

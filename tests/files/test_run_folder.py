@@ -175,13 +175,6 @@ def test_rows_that_go_back_are_kept_with_one_warning_each_time(tmp_path: Path) -
     assert len(places(tmp_path)) == 11
 
 
-def test_step_that_restarts_each_epoch_is_ordinary(tmp_path: Path) -> None:
-    with said() as messages:
-        (one := Writer(tmp_path)).log(*((epoch, step) for epoch in range(3) for step in range(3)))
-        one.close()
-    assert messages == []
-
-
 # A disk that fails
 
 
@@ -226,19 +219,6 @@ def test_close_says_what_is_missing_and_later_calls_write_it(tmp_path: Path, lat
     assert_holds(tmp_path, *range(3 if later == "log" else 2), mode="append")
     assert bool((tmp_path / "mixture.lock").read_bytes()) is (later == "log")
     one.close()
-
-
-def test_files_that_close_could_not_complete_are_completed_later(tmp_path: Path) -> None:
-    (one := Writer(tmp_path, "append")).log(0)
-    with said() as messages, broken("fsync", errno.EIO):
-        one.flush()
-        one.log(1)
-        one.flush()
-        one.close()
-    assert [message.split(": ")[1][:4] for message in messages] == ["rows", "0 ro"]
-    assert not (tmp_path / "mixture.lock").read_bytes()
-    one.close()
-    assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1]
 
 
 @modes

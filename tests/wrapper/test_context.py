@@ -31,14 +31,6 @@ def test_activate_none_hides_the_outer_estimator() -> None:
         assert active_estimator() is None
 
 
-def test_activate_restores_on_exceptions() -> None:
-    first = estimator()
-    with activate(first):
-        with pytest.raises(KeyError), activate(estimator()):
-            raise KeyError
-        assert active_estimator() is first
-
-
 def test_activate_may_be_entered_inside_itself() -> None:
     own = estimator()
     block = activate(own)
@@ -46,17 +38,6 @@ def test_activate_may_be_entered_inside_itself() -> None:
         with block as given:
             assert given is active_estimator() is own
         assert active_estimator() is own
-    assert active_estimator() is None
-
-
-def test_activate_may_be_entered_again_after_an_exception() -> None:
-    own = estimator()
-    block = activate(own, step=3)
-    with pytest.raises(KeyError), block, block:
-        raise KeyError
-    assert active_estimator() is None
-    with block:
-        assert active_step(own) == 3
     assert active_estimator() is None
 
 
