@@ -151,10 +151,6 @@ def test_forward_derivatives_equal_those_of_the_dense_form() -> None:
         assert_close(found, wanted, 10 * FLOAT64)
 
 
-def directional(function: Callable[[Tensor], Tensor], tangent: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: jvp(function, (x,), (tangent,))[1]
-
-
 @pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian])
 def test_compiled_derivatives_equal_plain_ones(transform: Callable[..., Callable[..., Tensor]]) -> None:
     torch._dynamo.reset()
@@ -162,14 +158,6 @@ def test_compiled_derivatives_equal_plain_ones(transform: Callable[..., Callable
     function = transform(lambda x: scalar(absorbed, index)(*values[:4], x))
     compiled = torch.compile(function, backend="aot_eager")
     assert relative_error(compiled(values[4]), function(values[4])) <= 10 * FLOAT64
-    torch._dynamo.reset()
-
-
-def test_compiled_forward_derivatives_equal_plain_ones() -> None:
-    torch._dynamo.reset()
-    values, index = small()
-    function = directional(lambda x: scalar(absorbed, index)(*values[:4], x), torch.ones_like(values[4]))
-    assert relative_error(torch.compile(function, backend="aot_eager")(values[4]), function(values[4])) <= 10 * FLOAT64
     torch._dynamo.reset()
 
 

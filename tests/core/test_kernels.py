@@ -236,18 +236,6 @@ def test_absorb_keeps_what_rounding_takes_from_the_mean(weight: float) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("D", [3, 65])
-def test_absorb_keeps_an_absent_component_to_the_bit(D: int) -> None:
-    x, _ = batch(60, D, 4)
-    weight, mean, covariance = history(4, D)
-    weight[3] = 0.0
-    index = torch.zeros(60, dtype=torch.int32, device=DEVICE)
-    results = absorb(weight, mean, covariance, x, *group(index, 4))
-    for new, old in zip((*results[:2], results[3]), (weight, mean, covariance.tril()), strict=True):
-        assert torch.equal((new.tril() if new.ndim == 3 else new)[1:], old[1:])
-
-
-@needs_kernels
 def test_absorb_in_place_is_absorb_and_leaves_absent_components_alone() -> None:
     x, _ = batch(150, 70, 5)
     index, (weight, mean, covariance) = ragged(150, 5), history(5, 70)

@@ -74,16 +74,6 @@ def test_chunks_of_a_batch_merge_into_the_whole(x: Tensor, data: st.DataObject) 
     assert_moments_close(occupied(merge(merge(chunks[0], chunks[1]), chunks[2])), whole, FLOAT32)
 
 
-@pytest.mark.parametrize("count", [10, 500])
-def test_many_chunks_far_from_zero_merge_into_the_whole(count: int) -> None:
-    x = 1000 + torch.randn(count, 7, 6, generator=torch.Generator().manual_seed(0))
-    R = torch.rand(count, 7, 3, generator=torch.Generator().manual_seed(1))
-    merged = batch_moments(x[0], R[0])
-    for chunk in range(1, count):
-        merged = merge(merged, batch_moments(x[chunk], R[chunk]))
-    assert_moments_close(merged, batch_moments(x.flatten(0, 1), R.flatten(0, 1)), FAR_FROM_ZERO)
-
-
 @given(states(**SAME_SIZE), st.floats(0, 1))
 def test_decay_scales_the_weight_and_nothing_else(state: MixtureState, factor: float) -> None:
     m = state.moments

@@ -120,14 +120,6 @@ def test_file_goes_on_beyond_4_gib(tmp_path: Path, way: dict[str, bool]) -> None
 # Appending
 
 
-def test_file_is_made_by_the_first_entry(tmp_path: Path) -> None:
-    file = opened(tmp_path / "run")
-    file.flush()
-    file.close()
-    assert file.supersede((0, 0), 1) == 0
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
 def test_entries_are_float32_without_gradient_whatever_the_default_device(tmp_path: Path, dtype: torch.dtype) -> None:
     R = torch.full((3, 2), 1.0).to(dtype).requires_grad_(dtype.is_floating_point)

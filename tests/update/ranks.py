@@ -95,7 +95,8 @@ def _as_tensor(leaf: Any) -> Any:
 
 def start(folder: Path, cases: dict[str, Case]) -> Results:
     """Returns the results of all cases, from processes that have all ended, at the limit at the latest."""
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.update.cases"])  # so that torch is imported once
     processes = [context.Process(target=run_cases, args=(rank, folder, cases)) for rank in range(WORLD)]
     deadline = time.monotonic() + LIMIT
     for process in processes:

@@ -91,16 +91,6 @@ def test_idle_step_moves_nothing_and_delays_nothing(x: Tensor) -> None:
     assert all_bits(wrapper) == all_bits(again)
 
 
-def test_refused_step_moves_nothing() -> None:
-    wrapper = lonely(strict=True)
-    moves(wrapper, range(1, WINDOW))
-    bad = batch(WINDOW)
-    bad[3, 1] = float("nan")
-    with unchanged(wrapper), pytest.raises(ValueError, match="strict"):
-        wrapper.update(bad)
-    assert moves(wrapper, range(WINDOW, WINDOW + 1))[0] > 0
-
-
 def test_parts_of_a_step_count_once_and_move_once() -> None:
     wrapper, again = lonely(), lonely()
     found, wanted = [], moves(again, range(1, 2 * WINDOW))
@@ -147,17 +137,6 @@ def test_window_with_enough_rows_is_not_remarked(options: dict[str, Any], parts:
 
 
 # Checkpoints
-
-
-def test_state_dict_holds_half_of_each_covariance() -> None:
-    wrapper = MixtureStats(K=3, enabled=True)
-    wrapper.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(0)))
-    packed = wrapper.state_dict()["covariance"]
-    assert isinstance(packed, Tensor)
-    assert packed.shape == (3, 64 * 65 // 2)
-    row, column = torch.tril_indices(64, 64)
-    assert wrapper.state is not None
-    assert torch.equal(packed, wrapper.state.moments.covariance[:, row, column])
 
 
 @pytest.mark.parametrize(("name", "options", "updates"), [("started", {}, 3), ("waiting", {"K": 12}, 1)])

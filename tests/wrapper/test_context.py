@@ -113,18 +113,6 @@ def test_inner_activate_without_a_step_hides_the_outer_step(hide: Any) -> None:
         assert active_step(own) == 1
 
 
-def test_active_step_of_a_thread_is_its_own() -> None:
-    own, barrier = estimator(), Barrier(4)
-
-    def inside(step: int) -> int | str | None:
-        with activate(own, step=step):
-            barrier.wait(10)  # all four are active now
-            return active_step(own)
-
-    with ThreadPoolExecutor(4) as pool, activate(own, step=9):
-        assert list(pool.map(inside, range(4))) == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("step", [True, 1.0, [1], (1,), np.float32(1)])
 def test_activate_refuses_what_is_no_step(step: Any) -> None:
     with pytest.raises(TypeError) as error:
