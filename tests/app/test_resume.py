@@ -3,8 +3,6 @@
 import contextlib
 import io
 import multiprocessing
-import os
-import random
 import shutil
 import signal
 import subprocess
@@ -223,25 +221,3 @@ def test_run_of_many_processes_ends_with_the_same_weights_and_log(world: int, tm
     resumed = run("killed", ["mixture_torch"], "--resume")
     assert resumed.returncode == whole.returncode == 0
     assert ended(tmp_path / "killed", resumed.stdout) == ended(tmp_path / "whole", whole.stdout)
-
-
-@pytest.mark.slow
-def test_run_that_is_killed_at_any_time_ends_with_the_same_weights_and_log(tmp_path: Path) -> None:
-    chance, size = random.Random(0), ("--epochs", "40", "--device", "cpu")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as here: sums of two threads differ from those of one
-    command = [sys.executable, "-m", "mixture_torch", "demo", *size, "--out", str(tmp_path / "killed")]
-    finished = False
-    while not finished:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            out, _ = process.communicate(timeout=chance.uniform(4, 6))
-            finished = True
-        if not finished:
-            process.kill()
-            process.communicate()
-            assert process.returncode == -signal.SIGKILL
-            if "--resume" not in command and (tmp_path / "killed" / "config.yaml").exists():
-                command.append("--resume")
-    code, expected = demo(*size, "--out", str(tmp_path / "whole"))
-    assert process.returncode == code == 0
-    assert ended(tmp_path / "killed", out) == ended(tmp_path / "whole", expected)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 
-from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, init, merge, step
+from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, init, step
 from tests.core.common import DERIVED, gaussians
 from tests.tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -113,13 +113,6 @@ def test_grad_through_two_steps_equals_finite_differences() -> None:
     assert relative_error(grad(function)(x), differences(function, x)) <= FINITE_DIFFERENCES
 
 
-def test_vmap_of_grad_equals_a_loop() -> None:
-    state, x, labels = problem(CONFIGS[0])
-    gradient = grad(reading(state, labels, "trace_B"))
-    batches = torch.stack([x, x.flip(0), x + 1])
-    assert relative_error(vmap(gradient)(batches), torch.stack([gradient(rows) for rows in batches])) <= FLOAT64
-
-
 # Soft responsibilities
 
 
@@ -177,17 +170,6 @@ def test_derivatives_of_degenerate_batches_are_finite(x: Tensor, name: str, conf
     function = reading(state, labels, name)
     assert jacrev(function)(x).isfinite().all()
     assert jacfwd(function)(x).isfinite().all()
-
-
-@pytest.mark.parametrize("name", DERIVED)
-def test_derivatives_of_merging_nothing_with_nothing_are_finite(name: str) -> None:
-    nothing = init(MixtureConfig(K=K), torch.zeros(2, D)).moments
-
-    def function(weight: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-        return getattr(merge(Moments(weight=weight, mean=mean, covariance=covariance), nothing), name)
-
-    arguments = (nothing.weight, nothing.mean, nothing.covariance)
-    assert all(J.isfinite().all() for J in jacrev(function, argnums=(0, 1, 2))(*arguments))
 
 
 def test_float32_gradient_of_opnorm_equals_that_of_the_eigenvalue() -> None:

@@ -320,12 +320,6 @@ def test_summary_without_weight_is_0() -> None:
 
 
 @needs_kernels
-def test_kernels_are_usable_on_float32_alone() -> None:
-    assert kernels.usable_on(torch.zeros(3, 2, device=DEVICE), K=3)
-    assert not kernels.usable_on(torch.zeros(3, 2, device=DEVICE, dtype=torch.float64), K=3)
-
-
-@needs_kernels
 def test_kernels_repeat_bit_for_bit() -> None:
     x, centroids = batch(300, 65, 4)
     index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)

@@ -1,7 +1,6 @@
 """vmap and compile of the pure functions agree with plain calls."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.func import vmap
 
-from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, assign, batch_moments, init, merge, step
+from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, assign, init, merge, step
 from tests.core.common import DERIVED, assert_moments_close, gaussians, stack
 from tests.tolerances import FLOAT32, relative_error
 
@@ -120,25 +119,6 @@ def test_compiled_steps_of_ever_new_sizes_are_few_graphs() -> None:
         expected, expected_stats = step(expected, x, labels)
     assert counter.frame_count <= 2  # the first size, and then any
     assert_results_close((state, stats), (expected, expected_stats))
-
-
-def readings(state: MixtureState, x: Tensor) -> dict[str, Tensor]:
-    """Everything that there is to read, by key."""
-    return dict(step(state, x)[1])
-
-
-def moments_of_rows(state: MixtureState, x: Tensor) -> Any:
-    """The algebra alone."""
-    return merge(state.moments, batch_moments(x, assign(state, x)))
-
-
-@pytest.mark.parametrize("function", [readings, moments_of_rows])
-def test_compiled_research_code_equals_plain(function: Callable[[MixtureState, Tensor], Any]) -> None:
-    state, (x, _) = warm(CONFIGS[0], 0), batch(10)
-    expected = torch.utils._pytree.tree_leaves(function(state, x))
-    actual = torch.utils._pytree.tree_leaves(torch.compile(function, fullgraph=True, backend="aot_eager")(state, x))
-    for found, wanted in zip(actual, expected, strict=True):
-        assert relative_error(found, wanted) <= FLOAT32
 
 
 def test_compiled_step_inside_a_training_step_gives_its_gradient() -> None:

@@ -91,14 +91,6 @@ def test_update_goes_on_across_inference_mode(inside: tuple[bool, ...], K: int) 
     assert all_bits(run(estimator(K=K), inside=inside)) == expected
 
 
-def test_stats_of_inference_mode_take_part_in_gradients() -> None:
-    stats = run(estimator(), inside=(True,)).stats
-    weight = torch.ones(4, requires_grad=True)
-    (stats["mu"] @ weight).sum().backward()
-    (stats["B"] @ weight).sum().backward()
-    assert weight.grad is not None
-
-
 def test_update_inside_a_functional_gradient_is_that_outside() -> None:
     wrapper, expected, (x, _) = estimator(), estimator(), mixture()
 

@@ -156,15 +156,6 @@ def test_step_of_the_call_goes_over_that_of_the_context() -> None:
     assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
 
 
-def test_loaded_state_begins_a_step_of_its_own() -> None:
-    wrapper = estimator(ema_decay=0.5)
-    wrapper.update(mixture()[0], step=0)
-    wrapper.load_state_dict(wrapper.state_dict())
-    wrapper.update(mixture()[0], step=0)
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
-
-
 @pytest.mark.parametrize("step", [1.5, True, [1], torch.tensor(1)])
 def test_step_of_another_type_is_refused(step: Any) -> None:
     wrapper = estimator()

@@ -194,6 +194,13 @@ def test_config_says_in_one_line_that_a_file_is_not_yaml(tmp_path: Path, text: s
     assert "\n" not in str(error.value)
 
 
+def test_config_runs_no_code_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load(tmp_path, "K: !!python/object/apply:os.mkdir [made]")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("encoding", "good"), [("utf-8", True), ("utf-8-sig", True), ("utf-16", True), ("cp037", False)]
 )

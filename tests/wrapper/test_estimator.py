@@ -66,11 +66,6 @@ def test_update_hands_every_option_to_the_core(options: dict[str, Any]) -> None:
         assert bits(of_the_core(wrapper.update(x))) == bits(stats)
 
 
-def test_update_looks_at_no_labels_where_nothing_comes_from_them() -> None:
-    x, _ = mixture()
-    assert bits(estimator().update(x, torch.tensor([0.5]))) == bits(estimator().update(x))
-
-
 def test_update_returns_the_last_stats() -> None:
     wrapper = estimator()
     assert wrapper.update(mixture()[0]) is wrapper.stats
