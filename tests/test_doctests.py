@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,6 +25,13 @@ def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pyte
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("name", mixture_core.__all__)
-def test_public_objects_of_the_core_have_an_example(name: str) -> None:
-    assert ">>> " in getattr(mixture_core, name).__doc__
+WRAPPER = ("MixtureStats", "NTXentLoss", "StepStats", "activate", "active_estimator")
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [*((mixture_core, name) for name in mixture_core.__all__), *((mixture_torch, name) for name in WRAPPER)],
+    ids=str,
+)
+def test_public_objects_have_an_example(package: ModuleType, name: str) -> None:
+    assert ">>> " in getattr(package, name).__doc__

@@ -8,7 +8,6 @@ from typing import Any
 import attrs
 import pytest
 import typer
-import yaml
 
 from mixture_torch import MixtureRuntimeConfig, MixtureStats, read_log
 from mixture_torch.__main__ import main
@@ -187,10 +186,3 @@ def test_demo_restores_how_warnings_are_shown() -> None:
     before = warnings.showwarning
     assert demo("--set", "demo.epochs=1") == 0
     assert warnings.showwarning is before
-
-
-def test_run_folder_holds_its_configuration() -> None:
-    assert demo("--out", "run") == 0
-    document = yaml.safe_load(Path("run/config.yaml").read_text(encoding="utf-8"))
-    expected = DemoConfig(epochs=2, batch_size=128, device="cpu")
-    assert document == {"runtime": {"mixture": attrs.asdict(MIXTURE)}, "demo": attrs.asdict(expected)}

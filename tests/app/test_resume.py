@@ -3,8 +3,6 @@
 import contextlib
 import io
 import multiprocessing
-import os
-import random
 import shutil
 import signal
 import subprocess
@@ -29,11 +27,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 # Calls before which the run is killed, each in another process that resumes it.
 KILLS: dict[str, list[tuple[str, int]]] = {
-    "before any checkpoint": [("log_step", 6)],
     "inside the first checkpoint": [("replace", 2)],  # the first replaces config.yaml
-    "right after a checkpoint": [("log_step", EPOCH + 1)],
     "in the second epoch": [("log_step", EPOCH + 6)],
-    "inside the last checkpoint": [("replace", 3)],
     "three times": [("log_step", 6), ("log_step", EPOCH + 2), ("log_step", 3)],
 }
 
@@ -201,25 +196,6 @@ def test_resumed_run_notes_in_one_line_what_it_set_aside(
     assert line.startswith("Note: ")
 
 
-def test_resuming_without_any_run_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert demo("--resume")[0] == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "There is no run to resume in `runs/demo`" in line
-    assert not contents(tmp_path)
-
-
-def test_disabled_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    off = ("--set", "runtime.mixture.enabled=false")
-    assert demo(*BRIEF, *off, "--out", str(tmp_path / "whole"))[0] == 0
-    kill(tmp_path / "killed", ("log_step", EPOCH + 6), options=off)
-    assert demo("--resume", "--out", str(tmp_path / "killed"))[0] == 0
-    whole, resumed = (leaves(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
-    assert resumed == whole
-
-
 def test_run_of_one_process_is_resumed_on_two_and_leaves_one_log(tmp_path: Path) -> None:
     options = ("--set", "runtime.mixture.cross_rank=true", "--set", "runtime.mixture.store_scores=true")
     kill(tmp_path, ("log_step", EPOCH + 1), options=options)
@@ -245,25 +221,3 @@ def test_run_of_many_processes_ends_with_the_same_weights_and_log(world: int, tm
     resumed = run("killed", ["mixture_torch"], "--resume")
     assert resumed.returncode == whole.returncode == 0
     assert ended(tmp_path / "killed", resumed.stdout) == ended(tmp_path / "whole", whole.stdout)
-
-
-@pytest.mark.slow
-def test_run_that_is_killed_at_any_time_ends_with_the_same_weights_and_log(tmp_path: Path) -> None:
-    chance, size = random.Random(0), ("--epochs", "40", "--device", "cpu")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as here: sums of two threads differ from those of one
-    command = [sys.executable, "-m", "mixture_torch", "demo", *size, "--out", str(tmp_path / "killed")]
-    finished = False
-    while not finished:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            out, _ = process.communicate(timeout=chance.uniform(4, 6))
-            finished = True
-        if not finished:
-            process.kill()
-            process.communicate()
-            assert process.returncode == -signal.SIGKILL
-            if "--resume" not in command and (tmp_path / "killed" / "config.yaml").exists():
-                command.append("--resume")
-    code, expected = demo(*size, "--out", str(tmp_path / "whole"))
-    assert process.returncode == code == 0
-    assert ended(tmp_path / "killed", out) == ended(tmp_path / "whole", expected)

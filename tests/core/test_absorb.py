@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from mixture_core import Moments, batch_moments
+from mixture_core import Moments
 from mixture_core.absorb import _absorb_densely, absorb
 from mixture_core.absorb_cpu import BLOCK, Workspace, complete_
 from mixture_core.inputs import is_plain
-from tests.core.common import assert_same_bits
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64, relative_error
 
 SHAPES = [
@@ -110,21 +109,6 @@ def test_absorb_into_given_memory_equals_absorb(own: bool) -> None:
     assert torch.equal(new.mean, expected[1])
 
 
-def test_absorb_of_no_rows_is_the_history() -> None:
-    weight, mean, residual, covariance, x, index = problem(5, 3, 2)
-    history = Moments(weight=weight, mean=mean, covariance=covariance)
-    assert_same_bits(absorb(history, residual, x[:0], index[:0], plain=True)[0], history)
-
-
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-def test_hard_and_soft_responsibilities_give_the_same_moments(N: int, D: int, K: int) -> None:
-    *_, x, index = problem(N, D, K, dtype=torch.float64)
-    R = (index[:, None] == torch.arange(K)).double()
-    hard, soft = batch_moments(x, R), batch_moments(x, R * (1 - 1e-15))  # no longer 1, and so taken densely
-    for name in ("weight", "mean", "covariance"):
-        assert relative_error(getattr(hard, name), getattr(soft, name)) <= FLOAT64, name
-
-
 # The transforms
 
 
@@ -167,23 +151,6 @@ def test_forward_derivatives_equal_those_of_the_dense_form() -> None:
         assert_close(found, wanted, 10 * FLOAT64)
 
 
-def directional(function: Callable[[Tensor], Tensor], tangent: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: jvp(function, (x,), (tangent,))[1]
-
-
-def test_nested_forward_derivatives_equal_those_of_the_dense_form() -> None:
-    values, index = small()
-    tangent = torch.randn(values[4].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    results = []
-    for function in (absorbed, _absorb_densely):
-        number: Callable[[Tensor], Tensor] = lambda x, f=function: scalar(f, index)(*values[:4], x)  # noqa: E731  # of x alone
-        along = directional(number, tangent)
-        others = [grad(along), directional(grad(number), tangent), directional(directional(along, tangent), tangent)]
-        results.append([f(values[4]) for f in (along, directional(along, tangent), *others, jacfwd(jacfwd(number)))])
-    for found, wanted in zip(*results, strict=True):
-        assert relative_error(found, wanted) <= 10 * FLOAT64
-
-
 @pytest.mark.parametrize("transform", [grad, jacrev, jacfwd, hessian])
 def test_compiled_derivatives_equal_plain_ones(transform: Callable[..., Callable[..., Tensor]]) -> None:
     torch._dynamo.reset()
@@ -191,14 +158,6 @@ def test_compiled_derivatives_equal_plain_ones(transform: Callable[..., Callable
     function = transform(lambda x: scalar(absorbed, index)(*values[:4], x))
     compiled = torch.compile(function, backend="aot_eager")
     assert relative_error(compiled(values[4]), function(values[4])) <= 10 * FLOAT64
-    torch._dynamo.reset()
-
-
-def test_compiled_forward_derivatives_equal_plain_ones() -> None:
-    torch._dynamo.reset()
-    values, index = small()
-    function = directional(lambda x: scalar(absorbed, index)(*values[:4], x), torch.ones_like(values[4]))
-    assert relative_error(torch.compile(function, backend="aot_eager")(values[4]), function(values[4])) <= 10 * FLOAT64
     torch._dynamo.reset()
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, batch_moments, init, step
 from mixture_core.testing import oracle_derived, oracle_step
@@ -34,15 +33,6 @@ def test_steps_of_any_shape_equal_the_oracle(N: int, D: int, K: int, mode: dict[
     state, stats, expected = steps(config, (x[:N], labels[:N]), (x[N:], labels[N:]), (0.9 * x[N:], labels[N:]))
     assert stats.R.shape == (8, K)
     assert_moments_close(state.moments, expected.moments, FLOAT32, scale=14.0)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("N", "D", "K"), SHAPES)
-def test_statistics_of_any_shape_are_finite(N: int, D: int, K: int, mode: dict[str, str]) -> None:
-    x, labels, _ = gaussians(0, N=N, D=D, K=K)
-    _, stats, _ = steps(MixtureConfig(K=K, **mode), (x, labels), (x.repeat(2, 1), labels.repeat(2)), (x, labels))
-    assert all(leaf.isfinite().all() for leaf in (*tree_leaves(stats), *dict(stats).values()))
-    assert 0 <= stats.participation_ratio <= D * (1 + FLOAT32)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 
-from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, init, merge, step
+from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, init, step
 from tests.core.common import DERIVED, gaussians
 from tests.tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -93,20 +93,6 @@ def test_hessian_of_a_scalar_equals_finite_differences_of_its_gradient(config: M
     assert not actual[:, :, BAD].any()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_func_grad_equals_plain_autograd(config: MixtureConfig) -> None:
-    state, x, labels = problem(config)
-    leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(step(state, leaf, labels)[1].trace_B, leaf)
-    assert torch.equal(grad(reading(state, labels, "trace_B"))(x), expected)
-
-
-def test_jacfwd_equals_jacrev() -> None:
-    state, x, labels = problem(CONFIGS[0])
-    function = reading(state, labels, "B")
-    assert relative_error(jacfwd(function)(x), jacrev(function)(x)) <= FLOAT64
-
-
 def test_grad_with_respect_to_the_state_equals_finite_differences() -> None:
     state, x, labels = problem(SUPERVISED)
 
@@ -126,13 +112,6 @@ def test_grad_through_two_steps_equals_finite_differences() -> None:
 
     x = x.nan_to_num()  # the product with 1.01 would carry a NaN into the gradient outside of the core
     assert relative_error(grad(function)(x), differences(function, x)) <= FINITE_DIFFERENCES
-
-
-def test_vmap_of_grad_equals_a_loop() -> None:
-    state, x, labels = problem(CONFIGS[0])
-    gradient = grad(reading(state, labels, "trace_B"))
-    batches = torch.stack([x, x.flip(0), x + 1])
-    assert relative_error(vmap(gradient)(batches), torch.stack([gradient(rows) for rows in batches])) <= FLOAT64
 
 
 # Soft responsibilities
@@ -192,17 +171,6 @@ def test_derivatives_of_degenerate_batches_are_finite(x: Tensor, name: str, conf
     function = reading(state, labels, name)
     assert jacrev(function)(x).isfinite().all()
     assert jacfwd(function)(x).isfinite().all()
-
-
-@pytest.mark.parametrize("name", DERIVED)
-def test_derivatives_of_merging_nothing_with_nothing_are_finite(name: str) -> None:
-    nothing = init(MixtureConfig(K=K), torch.zeros(2, D)).moments
-
-    def function(weight: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-        return getattr(merge(Moments(weight=weight, mean=mean, covariance=covariance), nothing), name)
-
-    arguments = (nothing.weight, nothing.mean, nothing.covariance)
-    assert all(J.isfinite().all() for J in jacrev(function, argnums=(0, 1, 2))(*arguments))
 
 
 def test_float32_gradient_of_opnorm_equals_that_of_the_eigenvalue() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init, step
+from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, step
 from mixture_core.testing import Mixture, mixtures
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, relative_error
 
@@ -84,38 +84,3 @@ def test_scale_goes_into_means_once_and_into_matrices_twice(mixture: Mixture, fa
     assert_stats_equal(
         scaled, {"mu": plain.mu * factor, "pi": plain.pi, "participation_ratio": plain.participation_ratio, **squared}
     )
-
-
-@given(MIXTURES, st.integers(1, 3))
-def test_columns_of_zeros_change_nothing_else(mixture: Mixture, width: int) -> None:
-    x, _, means = mixture
-
-    def pad(rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, width))
-
-    plain, padded = run(means, x[:12], x[12:]), run(pad(means), pad(x[:12]), pad(x[12:]))
-    D = x.shape[1]
-    assert_stats_equal(padded, {name: plain[name] for name in ("pi", *SCALARS)})
-    assert relative_error(padded.B[:D, :D], plain.B) <= FLOAT32
-    assert not padded.B[D:].any()
-
-
-@given(MIXTURES, st.integers(2, 4))
-def test_rows_counted_several_times_change_only_the_weight(mixture: Mixture, times: int) -> None:
-    x, _, means = mixture
-    plain, repeated = run(means, x), run(means, x.repeat(times, 1))
-    assert torch.equal(repeated.moments.weight, times * plain.moments.weight)
-    assert_stats_equal(repeated, {name: plain[name] for name in ("pi", "mu", "Sigma", "B", *SCALARS)})
-
-
-@given(MIXTURES)
-def test_labels_that_are_the_assignment_give_what_k_means_gives(mixture: Mixture) -> None:
-    x, own, means = mixture
-    by_kmeans = run(means, x[:12], x[12:])
-    state = init(MixtureConfig(K=means.shape[0], assigner="label_supervised"), x)
-    for rows in (slice(0, 12), slice(12, 24)):
-        state, by_label = step(state, x[rows], own[rows])
-    seen = by_label.moments.weight > 0  # the others' means differ: a centroid, and 0
-    assert torch.equal(by_label.R, by_kmeans.R)
-    assert_stats_equal(by_label, {name: by_kmeans[name] for name in ("pi", "Sigma", "B", *SCALARS)})
-    assert relative_error(by_label.mu[seen], by_kmeans.mu[seen]) <= FLOAT32

@@ -46,13 +46,6 @@ def test_merge_is_commutative(a: MixtureState, b: MixtureState) -> None:
     assert_moments_close(occupied(forth), occupied(back), FLOAT32)
 
 
-@given(states(**SAME_SIZE), states(**SAME_SIZE), states(**SAME_SIZE))
-def test_merge_is_associative(a: MixtureState, b: MixtureState, c: MixtureState) -> None:
-    left = merge(merge(a.moments, b.moments), c.moments)
-    right = merge(a.moments, merge(b.moments, c.moments))
-    assert_moments_close(occupied(left), occupied(right), FLOAT32)
-
-
 @given(states(**SAME_SIZE))
 def test_merge_with_nothing_keeps_every_bit(state: MixtureState) -> None:
     assert_same_bits(merge(state.moments, nothing_like(state.moments)), state.moments)
@@ -61,19 +54,6 @@ def test_merge_with_nothing_keeps_every_bit(state: MixtureState) -> None:
 @given(states(**SAME_SIZE, with_empty=False))
 def test_merge_of_nothing_with_something_is_that_to_the_bit(state: MixtureState) -> None:
     assert_same_bits(merge(nothing_like(state.moments), state.moments), state.moments)
-
-
-@given(states(**SAME_SIZE))
-def test_merge_of_nothing_with_nothing_keeps_the_first(state: MixtureState) -> None:
-    nothing = nothing_like(state.moments)
-    assert_same_bits(merge(nothing, nothing_like(nothing)), nothing)
-
-
-@given(states(**SAME_SIZE))
-def test_merge_with_itself_doubles_the_weight_alone(state: MixtureState) -> None:
-    m = state.moments
-    doubled = Moments(weight=2 * m.weight, mean=m.mean, covariance=m.covariance)
-    assert_moments_close(merge(m, m), doubled, FLOAT32)
 
 
 @given(states(**SAME_SIZE), states(**SAME_SIZE), states(**SAME_SIZE), states(**SAME_SIZE))
@@ -94,27 +74,11 @@ def test_chunks_of_a_batch_merge_into_the_whole(x: Tensor, data: st.DataObject) 
     assert_moments_close(occupied(merge(merge(chunks[0], chunks[1]), chunks[2])), whole, FLOAT32)
 
 
-@pytest.mark.parametrize("count", [10, 500])
-def test_many_chunks_far_from_zero_merge_into_the_whole(count: int) -> None:
-    x = 1000 + torch.randn(count, 7, 6, generator=torch.Generator().manual_seed(0))
-    R = torch.rand(count, 7, 3, generator=torch.Generator().manual_seed(1))
-    merged = batch_moments(x[0], R[0])
-    for chunk in range(1, count):
-        merged = merge(merged, batch_moments(x[chunk], R[chunk]))
-    assert_moments_close(merged, batch_moments(x.flatten(0, 1), R.flatten(0, 1)), FAR_FROM_ZERO)
-
-
 @given(states(**SAME_SIZE), st.floats(0, 1))
 def test_decay_scales_the_weight_and_nothing_else(state: MixtureState, factor: float) -> None:
     m = state.moments
     scaled = decay(m, factor)
     assert_same_bits(scaled, Moments(weight=m.weight * factor, mean=m.mean, covariance=m.covariance))
-
-
-@given(states(**SAME_SIZE), states(**SAME_SIZE), st.sampled_from([0.25, 0.5, 2.0]))
-def test_decay_distributes_over_merge(a: MixtureState, b: MixtureState, factor: float) -> None:
-    apart = merge(decay(a.moments, factor), decay(b.moments, factor))
-    assert_moments_close(decay(merge(a.moments, b.moments), factor), apart, FLOAT32)
 
 
 @given(embeddings(N=(1, 16), D=3), embeddings(N=(1, 16), D=3), st.data())

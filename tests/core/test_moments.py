@@ -58,13 +58,6 @@ def test_statistics_under_soft_responsibilities_equal_the_oracle(mixture: Mixtur
     assert_derived_like_oracle(batch_moments(x, R), oracle_batch_moments(x, R), FLOAT32)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_statistics_of_a_wide_batch_equal_the_oracle(offset: float) -> None:
-    mixture = gaussians(0, N=400, D=96)
-    x, R = mixture.embeddings + offset, one_hot(mixture)
-    assert_derived_like_oracle(batch_moments(x, R), oracle_batch_moments(x, R), FAR_FROM_ZERO if offset else FLOAT32)
-
-
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
 def test_covariances_of_tight_components_far_apart_equal_the_oracle(spread: float) -> None:
     # Classes that have collapsed, each onto a point of its own, as they do late in supervised training.
@@ -120,15 +113,6 @@ def test_batch_moments_with_bad_rows_are_those_without_them(x: Tensor, data: st.
     assert_moments_close(batch_moments(x, R), batch_moments(x[usable], R[usable]), FLOAT32)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
-def test_scale_of_responsibilities_changes_the_weight_alone(factor: float) -> None:
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    R = torch.rand(50, 2, generator=torch.Generator().manual_seed(1))
-    plain, scaled = batch_moments(x, R), batch_moments(x, R * factor)
-    expected = Moments(weight=plain.weight * factor, mean=plain.mean, covariance=plain.covariance)
-    assert_moments_close(scaled, expected, FLOAT32)
-
-
 @given(embeddings(N=(1, 32), D=3), st.data())
 def test_total_is_within_plus_between(x: Tensor, data: st.DataObject) -> None:
     R = data.draw(soft(N=x.shape[0], K=4)) + 0.01
@@ -138,28 +122,12 @@ def test_total_is_within_plus_between(x: Tensor, data: st.DataObject) -> None:
     assert (within + moments.B - whole.Sigma[0]).abs().max() <= FLOAT32 * (1 + whole.Sigma.abs().max())
 
 
-@given(embeddings(N=(1, 32)), st.data())
-def test_covariances_are_positive_semidefinite(x: Tensor, data: st.DataObject) -> None:
-    moments = batch_moments(x, data.draw(soft(N=x.shape[0], K=3)))
-    for matrix in (*moments.Sigma, moments.B):
-        assert (matrix - matrix.mT).abs().max() <= FLOAT32 * matrix.abs().max()
-        assert torch.linalg.eigvalsh(matrix.double()).min() >= -FLOAT32 * matrix.trace()
-
-
 # Derived quantities
 
 
 @given(states())
 def test_derived_quantities_of_a_state_equal_the_oracle(state: MixtureState) -> None:
     assert_derived_like_oracle(state.moments, state.moments, FLOAT32)
-
-
-@given(states(K=(2, 6), scale=0.01, offset=1000.0, with_empty=False))
-def test_between_component_quantities_of_means_far_from_zero_equal_the_oracle(state: MixtureState) -> None:
-    # The means are what they are: here nothing is lost yet, and nothing may be on the way to B.
-    expected = oracle_derived(state.moments)
-    for name in ("B", "trace_B", "opnorm_B"):
-        assert relative_error(getattr(state.moments, name), expected[name]) < FLOAT32, name
 
 
 @given(states(K=4, D=3), states(K=4, D=3))

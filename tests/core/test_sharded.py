@@ -13,7 +13,7 @@ from torch import Tensor
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init
 from mixture_core.sharded import advance_share
 from mixture_core.step import advance
-from mixture_core.testing import embeddings, labels, mixtures, oracle_step, states
+from mixture_core.testing import embeddings, labels, oracle_step, states
 from tests.core.common import assert_moments_close, assert_same_bits, gaussians
 from tests.tolerances import FLOAT32, FLOAT64, relative_error
 
@@ -144,21 +144,6 @@ def test_shares_end_in_the_same_bits_on_all_ranks(problem: tuple[MixtureState, T
     for state, stats in zip(together.states, together.stats, strict=True):
         assert_same_bits(state.moments, together.states[0].moments)
         assert_same_bits(stats.moments, state.moments)
-
-
-@given(mixtures(N=(24, 64), K=(1, 6)), st.sampled_from(("ema", "per_batch")), st.integers(1, 4), st.data())
-def test_shares_in_float32_have_the_moments_of_the_oracle(
-    mixture: Any, mode: Any, iterations: int, data: st.DataObject
-) -> None:
-    x, _, means = mixture
-    config = MixtureConfig(K=len(means), mode=mode, max_assign_iters=iterations)
-    state = init(config, x)
-    sizes = data.draw(cuts(len(x)))
-    for _ in range(3):
-        expected, _ = oracle_step(state, x)
-        state = Together(state, x, sizes).states[0]
-        assert state.moments.mean.dtype == torch.float32
-        assert_moments_close(state.moments, expected.moments, FLOAT32)
 
 
 @pytest.mark.parametrize("sizes", [[0], [0, 0, 0], [2, 0, 1]])

@@ -1,7 +1,6 @@
 """vmap and compile of the pure functions agree with plain calls."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.func import vmap
 
-from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, assign, batch_moments, init, merge, step
+from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, assign, init, merge, step
 from tests.core.common import DERIVED, assert_moments_close, gaussians, stack
 from tests.tolerances import FLOAT32, relative_error
 
@@ -78,21 +77,6 @@ def test_vmap_equals_a_loop(config: MixtureConfig, over_states: bool, over_batch
         assert_results_close(item(results, index), step(state, x, labels))
 
 
-def test_vmap_of_vmap_equals_a_loop() -> None:
-    states, (x, labels) = [warm(CONFIGS[0], seed) for seed in range(4)], batch(10)
-    pairs = stack(stack(*states[:2]), stack(*states[2:]))
-    results = vmap(vmap(step, in_dims=(0, None, None)), in_dims=(0, None, None))(pairs, x, labels)
-    for index, state in enumerate(states):
-        assert_results_close(item(item(results, index // 2), index % 2), step(state, x, labels))
-
-
-def test_vmap_of_a_batch_without_rows_leaves_the_states() -> None:
-    states = [warm(CONFIGS[0], seed) for seed in range(2)]
-    new, stats = vmap(step, in_dims=(0, None))(stack(*states), torch.zeros(0, D))
-    assert_moments_close(new.moments, stack(*states).moments, 0.0)
-    assert stats.R.shape == (2, 0, K)
-
-
 def test_vmap_of_assign_and_merge_equals_a_loop() -> None:
     states, (x, _) = [warm(CONFIGS[0], seed) for seed in range(2)], batch(10)
     assert torch.equal(
@@ -135,34 +119,6 @@ def test_compiled_steps_of_ever_new_sizes_are_few_graphs() -> None:
         expected, expected_stats = step(expected, x, labels)
     assert counter.frame_count <= 2  # the first size, and then any
     assert_results_close((state, stats), (expected, expected_stats))
-
-
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
-def test_compiled_vmap_equals_a_loop(config: MixtureConfig) -> None:
-    states, batches = [warm(config, seed) for seed in range(3)], [batch(10 + seed) for seed in range(3)]
-    compiled = torch.compile(vmap(step), fullgraph=True, backend="aot_eager")
-    results = compiled(stack(*states), stack(*batches)[0], stack(*batches)[1])
-    for index, (state, (x, labels)) in enumerate(zip(states, batches, strict=True)):
-        assert_results_close(item(results, index), step(state, x, labels))
-
-
-def readings(state: MixtureState, x: Tensor) -> dict[str, Tensor]:
-    """Everything that there is to read, by key."""
-    return dict(step(state, x)[1])
-
-
-def moments_of_rows(state: MixtureState, x: Tensor) -> Any:
-    """The algebra alone."""
-    return merge(state.moments, batch_moments(x, assign(state, x)))
-
-
-@pytest.mark.parametrize("function", [readings, moments_of_rows])
-def test_compiled_research_code_equals_plain(function: Callable[[MixtureState, Tensor], Any]) -> None:
-    state, (x, _) = warm(CONFIGS[0], 0), batch(10)
-    expected = torch.utils._pytree.tree_leaves(function(state, x))
-    actual = torch.utils._pytree.tree_leaves(torch.compile(function, fullgraph=True, backend="aot_eager")(state, x))
-    for found, wanted in zip(actual, expected, strict=True):
-        assert relative_error(found, wanted) <= FLOAT32
 
 
 def test_compiled_step_inside_a_training_step_gives_its_gradient() -> None:

@@ -1,7 +1,6 @@
 """`mixture_scores.pt`: a list to torch, a sound zip, and readable whatever is in it or is missing."""
 
 import os
-import shutil
 import tempfile
 import warnings
 import zipfile
@@ -10,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mixture_torch import read_scores
@@ -128,49 +125,6 @@ def test_file_goes_on_beyond_4_gib(tmp_path: Path, way: dict[str, bool]) -> None
 
 
 # Appending
-
-
-@st.composite
-def entries(draw: st.DrawFn) -> Any:
-    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-    R = torch.tensor(draw(st.lists(st.floats(width=32), min_size=9, max_size=9)))[: shape[0] * shape[1]].view(shape)
-    return {"step": draw(st.integers(0, 5)), "epoch": draw(st.integers(0, 2)), "responsibilities": R}
-
-
-@given(st.lists(st.one_of(entries(), st.sampled_from(["flush", "close", "kill"])), max_size=10))
-def test_entries_are_there_whatever_is_done_between_them(actions: list[Any]) -> None:
-    appended: list[Any] = []
-    with tempfile.TemporaryDirectory() as root:
-        folder, files = Path(root) / "0", [opened(Path(root) / "0")]
-        for action in actions:
-            if isinstance(action, dict):
-                files[-1].append_entry(action["step"], action["epoch"], action["responsibilities"])
-                appended.append(action)
-            elif action == "flush":
-                files[-1].flush()
-            elif action == "close":
-                files[-1].close()
-                files.append(opened(folder))
-            elif folder.exists():  # a kill leaves the files as they are at this instant
-                folder = shutil.copytree(folder, Path(root) / str(len(files)))
-                files.append(opened(folder))
-            if appended:
-                assert plain(read_scores(folder)) == plain(appended)
-        if appended:
-            files[-1].open()
-            files[-1].flush()
-            assert plain(torch.load(folder / "mixture_scores.pt")) == plain(appended)
-            assert (folder / "mixture_scores.pt").read_bytes() == b"".join(archive(appended))
-        for file in files:
-            file.close()
-
-
-def test_file_is_made_by_the_first_entry(tmp_path: Path) -> None:
-    file = opened(tmp_path / "run")
-    file.flush()
-    file.close()
-    assert file.supersede((0, 0), 1) == 0
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])

@@ -112,10 +112,3 @@ def test_supersede_reads_no_shard_before_the_step(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "load", lambda path, **options: (read.append(path.name), load(path, **options))[1])
     assert shards.supersede((0, 48), 1, steps=set()) == 2
     assert read == ["step_000048.pt", "step_000049.pt"]
-
-
-def test_supersede_moves_damaged_shards_with_their_neighbors(tmp_path: Path) -> None:
-    shards = write(tmp_path, (0, 0), (0, 1), (0, 2))
-    (tmp_path / "mixture_scores" / "step_000002.pt").write_bytes(b"")
-    assert shards.supersede((0, 1), 1, steps=set()) == 2
-    assert found(tmp_path) == [(0, 0)]

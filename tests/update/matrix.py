@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.update.ranks import WORLDS, Case, Here
+from tests.update.ranks import Case, Here
 from tests.wrapper.samples import estimator, mixture, update_quietly
 
+WORLDS = (1, 3, 4)  # the first so many ranks together
 EXCHANGES = ("gather", "reduce")
 COMBINATIONS = [
-    {"assigner": assigner, "mode": mode}
-    for assigner in ("kmeans_online", "label_supervised")
-    for mode in ("ema", "per_batch", "label_supervised")
+    {"assigner": "kmeans_online", "mode": "ema"},
+    {"assigner": "kmeans_online", "mode": "per_batch"},
+    {"assigner": "label_supervised", "mode": "ema"},
+    {"assigner": "kmeans_online", "mode": "label_supervised"},
 ]
 
 

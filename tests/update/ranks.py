@@ -18,7 +18,6 @@ from mixture_torch import MixtureStats
 from tests.wrapper.samples import all_bits, update_quietly
 
 WORLD = 4
-WORLDS = (1, 2, 3, 4)  # the first so many ranks, as a group
 PATIENCE = timedelta(seconds=10)  # after which a rank that is left waiting gives up, for good
 LIMIT = 90.0  # seconds for all cases
 
@@ -52,7 +51,7 @@ def run_cases(rank: int, folder: Path, cases: dict[str, Case]) -> None:
     torch.set_num_threads(1)
     method = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=WORLD, timeout=PATIENCE)
-    of_first = {tuple(range(world)): dist.new_group(range(world), timeout=PATIENCE) for world in WORLDS[:-1]}
+    of_first = {tuple(range(world)): dist.new_group(range(world), timeout=PATIENCE) for world in range(1, WORLD)}
     last_two = dist.new_group([2, 3], timeout=PATIENCE)
     here = Here(rank, folder, {**of_first, (2, 3): last_two, tuple(range(WORLD)): None})
     (folder / "results").mkdir(exist_ok=True)
@@ -96,7 +95,8 @@ def _as_tensor(leaf: Any) -> Any:
 
 def start(folder: Path, cases: dict[str, Case]) -> Results:
     """Returns the results of all cases, from processes that have all ended, at the limit at the latest."""
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.update.cases"])  # so that torch is imported once
     processes = [context.Process(target=run_cases, args=(rank, folder, cases)) for rank in range(WORLD)]
     deadline = time.monotonic() + LIMIT
     for process in processes:

@@ -40,20 +40,6 @@ def test_state_dict_goes_on_where_it_was(options: dict[str, Any], updates: int, 
     assert all_bits(run(loaded, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
 
 
-@kinds
-@pytest.mark.parametrize("updates", [0, 1, 3])
-def test_state_dict_of_a_loaded_estimator_is_the_same(options: dict[str, Any], updates: int) -> None:
-    state_dict = run(estimator(**options), range(updates)).state_dict()
-    loaded = estimator(**options)
-    loaded.load_state_dict(state_dict)
-    assert bits(loaded.state_dict()) == bits(state_dict)
-
-
-def test_state_dict_has_the_same_keys_always() -> None:
-    dicts = [run(estimator(**options), range(n)).state_dict() for options in KINDS.values() for n in (0, 1, 3)]
-    assert {tuple(state_dict) for state_dict in dicts} == {tuple(dicts[0])}
-
-
 def test_state_dict_holds_plain_values_only() -> None:
     values = run(estimator(), range(2)).state_dict().values()
     assert {type(value) for value in values} <= {Tensor, int, str}
@@ -74,29 +60,11 @@ def test_state_dict_does_not_depend_on_defaults(updates: int, change: Callable[[
 
 
 @kinds
-def test_state_dict_keeps_its_values_under_later_updates(options: dict[str, Any]) -> None:
-    wrapper = run(estimator(**options), range(2))
+def test_state_dict_shares_no_memory_with_either_estimator(options: dict[str, Any]) -> None:
+    wrapper, loaded = run(estimator(**options), range(2)), estimator(**options)
     state_dict = wrapper.state_dict()
-    before = bits(state_dict)
-    run(wrapper, range(2, 6))
-    assert bits(wrapper.state_dict()) != before
-    assert bits(state_dict) == before
-
-
-@kinds
-def test_state_dict_is_a_copy(options: dict[str, Any]) -> None:
-    wrapper = run(estimator(**options), range(2))
-    with unchanged(wrapper):
-        for value in wrapper.state_dict().values():
-            if isinstance(value, Tensor):
-                value.fill_(7)
-
-
-@kinds
-def test_load_state_dict_takes_a_copy(options: dict[str, Any]) -> None:
-    state_dict, loaded = run(estimator(**options), range(2)).state_dict(), estimator(**options)
     loaded.load_state_dict(state_dict)
-    with unchanged(loaded):
+    with unchanged(wrapper), unchanged(loaded):
         for value in state_dict.values():
             if isinstance(value, Tensor):
                 value.fill_(7)
@@ -181,21 +149,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "text"), WRONG.values(), ids=WRONG.keys())
-def test_load_state_dict_says_what_is_wrong(change: Callable[[dict[str, Any]], Any], text: str) -> None:
+def test_wrong_state_dict_is_refused_in_one_line_and_changes_nothing(
+    change: Callable[[dict[str, Any]], Any], text: str
+) -> None:
     wrapper, state_dict = run(estimator(), range(2)), run(estimator(), range(3)).state_dict()
-    with pytest.raises((TypeError, ValueError), match=text) as error:
+    with unchanged(wrapper), pytest.raises((TypeError, ValueError), match=text) as error:
         wrapper.load_state_dict(change(dict(state_dict)))
     assert "state_dict" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("change", [change for change, _ in WRONG.values()], ids=WRONG.keys())
-def test_refused_state_dict_leaves_the_estimator_unchanged(change: Callable[[dict[str, Any]], Any]) -> None:
-    wrapper, state_dict = run(estimator(), range(2)), run(estimator(), range(3)).state_dict()
-    expected = copy.copy(all_bits(wrapper))
-    with pytest.raises(Exception):  # noqa: B017, PT011  # which one is said above
-        wrapper.load_state_dict(change(dict(state_dict)))
-    assert all_bits(wrapper) == expected
 
 
 # torch.distributed.checkpoint, which loads in place
@@ -240,15 +201,10 @@ def test_state_dict_has_the_same_shapes_before_and_after(updates: int, dim: int 
     assert shapes == {"weight": (3,), "mean": (3, D), "residual": (3, D), "covariance": packed, "waiting": (12, D)}
 
 
-def test_dim_is_insisted_on() -> None:
-    with pytest.raises(ValueError, match=r"^`embeddings` must have shape \(N, 5\), got \(60, 4\)"):
-        estimator(dim=5).update(mixture()[0])
-
-
 @kinds
 @pytest.mark.parametrize("updates", [0, 1, 3])
 def test_deep_copy_has_the_mixture_and_no_files(options: dict[str, Any], updates: int, tmp_path: Path) -> None:
-    wrapper = run(estimator(log_dir=tmp_path / "run", store_scores=True, **options), range(updates))
+    wrapper = run(estimator(log_dir=tmp_path / "run", store_scores=True, seed=5, **options), range(updates))
     copied = copy.deepcopy(wrapper)
     assert all_bits(run(copied, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
     copied.log_step(step=0, epoch=0)
@@ -274,11 +230,3 @@ def test_checkpoint_with_damaged_values_is_refused(key: str, value: float, text:
     state_dict["checksum"] = checksum(state_dict)
     with unchanged(wrapper), pytest.raises(ValueError, match=f"^{text}"):
         wrapper.load_state_dict(state_dict)
-
-
-def test_checkpoint_of_parts_that_do_not_belong_together_is_refused() -> None:
-    wrapper, other = run(estimator(), range(2)), run(estimator(), range(3))
-    for part in ("weight", "mean", "covariance"):
-        mixed = wrapper.state_dict() | {part: other.state_dict()[part]}
-        with pytest.raises(ValueError, match="mixes the values of several mixtures"):
-            estimator().load_state_dict(mixed)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import FLOAT32
-from tests.update.matrix import COMBINATIONS, EXCHANGES, SCENARIOS, alone, name, sizes
-from tests.update.ranks import WORLDS, Results
+from tests.update.matrix import COMBINATIONS, EXCHANGES, SCENARIOS, WORLDS, alone, name, sizes
+from tests.update.ranks import Results
 from tests.wrapper.samples import assert_close, bits
 
 KEYS = ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B", "n_ignored", "n_relocated")

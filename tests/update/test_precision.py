@@ -113,18 +113,6 @@ def test_update_and_stats_read_inside_are_full_float32(surroundings: Surrounding
 
 @pytest.mark.parametrize("device", DEVICES)
 @surrounded
-def test_update_inside_and_stats_read_outside_are_full_float32(surroundings: Surroundings, device: str) -> None:
-    inputs, wrapper = batches(device), estimator(K=8)
-    plain = run(inputs)[1]
-    with surroundings(device):
-        for x in inputs:
-            stats = wrapper.update(x)
-    reset()
-    assert_close(stats, plain)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@surrounded
 def test_stats_of_an_update_outside_are_full_float32_inside(surroundings: Surroundings, device: str) -> None:
     wrapper, plain = run(batches(device))
     with surroundings(device):
@@ -145,7 +133,7 @@ def test_assign_inside_is_full_float32(surroundings: Surroundings, device: str) 
 
 
 @surrounded
-def test_update_and_reading_put_all_settings_back(surroundings: Surroundings) -> None:
+def test_update_reading_and_failure_put_all_settings_back(surroundings: Surroundings) -> None:
     x = batches("cpu")[0]
     with surroundings("cpu"):
         before = settings()
@@ -153,24 +141,9 @@ def test_update_and_reading_put_all_settings_back(surroundings: Surroundings) ->
         dict(wrapper.update(x))
         wrapper.assign(x)
         assert settings() == before
-
-
-@surrounded
-def test_failed_update_puts_all_settings_back(surroundings: Surroundings) -> None:
-    inputs = batches("cpu")
-    wrapper = run(inputs)[0]
-    with surroundings("cpu"):
-        before = settings()
         with pytest.raises(ValueError, match="embeddings"):
-            wrapper.update(inputs[0][:, 1:])
+            wrapper.update(x[:, 1:])
         assert settings() == before
-
-
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_update_leaves_the_precision_that_was_set(precision: str) -> None:
-    torch.set_float32_matmul_precision(precision)
-    run(batches("cpu"))
-    assert torch.get_float32_matmul_precision() == precision
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -218,9 +191,3 @@ def test_core_without_the_wrapper_does_change_inside_autocast(device: str) -> No
     plain = mixture_core.batch_moments(x, R).covariance
     with torch.autocast(device, torch.bfloat16):
         assert relative_error(mixture_core.batch_moments(x, R).covariance, plain) > CHANGED
-
-
-def test_deterministic_runs_repeat_to_the_bit() -> None:
-    torch.use_deterministic_algorithms(True)
-    first, second = run(batches("cpu"))[1], run(batches("cpu"))[1]
-    assert all(torch.equal(first[key], second[key]) for key in first)

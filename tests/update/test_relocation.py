@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import mixture_core
-from mixture_torch import MixtureRuntimeConfig, MixtureStats
+from mixture_torch import MixtureStats
 from tests.wrapper.samples import all_bits, bits, estimator, mixture, unchanged, update_quietly
 
 WINDOW = 4  # steps, with the decay below
@@ -36,15 +36,6 @@ def test_components_move_before_the_first_step_of_a_window_only() -> None:
     found = moves(lonely(), range(1, 6 * WINDOW))
     assert sum(found) > 0
     assert {step for step, n in enumerate(found, start=1) if n} <= {WINDOW * n for n in range(1, 6)}
-
-
-def test_all_clusters_are_found_again() -> None:
-    wrapper = lonely()
-    moves(wrapper, range(1, 10 * WINDOW))
-    x, labels = mixture(400, K=4, D=4, seed=1000)
-    counts = torch.zeros(4, 4).index_add_(0, labels, wrapper.assign(x))
-    assert ((counts > 0).sum(dim=0) == 1).all()
-    assert ((counts > 0).sum(dim=1) == 1).all()
 
 
 def test_a_step_after_a_move_is_the_step_of_the_relocated_state() -> None:
@@ -100,16 +91,6 @@ def test_idle_step_moves_nothing_and_delays_nothing(x: Tensor) -> None:
     assert all_bits(wrapper) == all_bits(again)
 
 
-def test_refused_step_moves_nothing() -> None:
-    wrapper = lonely(strict=True)
-    moves(wrapper, range(1, WINDOW))
-    bad = batch(WINDOW)
-    bad[3, 1] = float("nan")
-    with unchanged(wrapper), pytest.raises(ValueError, match="strict"):
-        wrapper.update(bad)
-    assert moves(wrapper, range(WINDOW, WINDOW + 1))[0] > 0
-
-
 def test_parts_of_a_step_count_once_and_move_once() -> None:
     wrapper, again = lonely(), lonely()
     found, wanted = [], moves(again, range(1, 2 * WINDOW))
@@ -119,11 +100,6 @@ def test_parts_of_a_step_count_once_and_move_once() -> None:
         found.append(int(parts[0]))
     assert [n > 0 for n in found] == [n > 0 for n in wanted]
     assert wrapper.state_dict()["n_steps"] == again.state_dict()["n_steps"] == 2 * WINDOW
-
-
-def test_the_old_key_is_told_what_took_its_place() -> None:
-    with pytest.raises(ValueError, match=r"`revive_below` \(remove it: `relocate` has replaced it"):
-        MixtureRuntimeConfig.from_mapping({"revive_below": 0.01})
 
 
 # K larger than the data can bear
@@ -161,17 +137,6 @@ def test_window_with_enough_rows_is_not_remarked(options: dict[str, Any], parts:
 
 
 # Checkpoints
-
-
-def test_state_dict_holds_half_of_each_covariance() -> None:
-    wrapper = MixtureStats(K=3, enabled=True)
-    wrapper.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(0)))
-    packed = wrapper.state_dict()["covariance"]
-    assert isinstance(packed, Tensor)
-    assert packed.shape == (3, 64 * 65 // 2)
-    row, column = torch.tril_indices(64, 64)
-    assert wrapper.state is not None
-    assert torch.equal(packed, wrapper.state.moments.covariance[:, row, column])
 
 
 @pytest.mark.parametrize(("name", "options", "updates"), [("started", {}, 3), ("waiting", {"K": 12}, 1)])

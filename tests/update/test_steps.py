@@ -66,13 +66,25 @@ def test_part_of_a_step_returns_its_own_rows(options: dict[str, Any]) -> None:
             assert stats["R"].sum(dim=1).tolist() == [1.0] * len(x)
 
 
-def test_parts_weigh_as_one_batch() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "weight"),
+    [
+        ([None] * 3, 60 * 1.75),
+        ([0, 1, 0], 60 * 1.75),
+        ([0, None, 0], 60 * 1.75),
+        ([0] * 3, 180),
+        (["epoch 1, step 7"] * 2, 120),
+        ([10**20] * 2, 120),
+        ([np.int64(3), 3], 120),
+    ],
+    ids=str,
+)
+def test_calls_with_the_same_step_in_a_row_are_one_step(tokens: list[Any], weight: float) -> None:
     wrapper = estimator(ema_decay=0.5)
-    for step in range(3):
-        for part in parts(step):
-            wrapper.update(*part, step=step)
+    for token in tokens:
+        wrapper.update(mixture()[0], step=token)
     assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
+    assert float(wrapper.state.moments.weight.sum()) == weight
 
 
 @pytest.mark.parametrize("K", [14, 29, 30, 44])  # 120 rows to start from are there in the middle of a step, or after
@@ -85,39 +97,6 @@ def test_rows_that_came_before_the_start_count_with_their_step(K: int) -> None:
         N = 60 if waited else 60 + N / 2
         assert wrapper.state is not None
         assert float(wrapper.state.moments.weight.sum()) == N
-
-
-def test_calls_without_a_step_are_steps_of_their_own() -> None:
-    wrapper = estimator(ema_decay=0.5)
-    for _ in range(3):
-        wrapper.update(mixture()[0])
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
-
-
-@pytest.mark.parametrize("token", [0, "epoch 1, step 7", 10**20])
-def test_step_may_be_anything_that_tells_steps_apart(token: Any) -> None:
-    wrapper = estimator()
-    for part in parts(0):
-        wrapper.update(*part, step=token)
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60
-
-
-def test_step_that_comes_back_later_is_another_one() -> None:
-    wrapper = estimator(ema_decay=0.5)
-    for step in (0, 1, 0):
-        wrapper.update(mixture()[0], step=step)
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
-
-
-def test_call_without_a_step_ends_the_step_before() -> None:
-    wrapper = estimator(ema_decay=0.5)
-    for step in (0, None, 0):
-        wrapper.update(mixture()[0], step=step)
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * (1 + 0.5 + 0.25)
 
 
 @pytest.mark.parametrize("spell", ["stats", "none"])
@@ -177,48 +156,12 @@ def test_step_of_the_call_goes_over_that_of_the_context() -> None:
     assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
 
 
-def test_loaded_state_begins_a_step_of_its_own() -> None:
-    wrapper = estimator(ema_decay=0.5)
-    wrapper.update(mixture()[0], step=0)
-    wrapper.load_state_dict(wrapper.state_dict())
-    wrapper.update(mixture()[0], step=0)
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_forward_pass_counts_once(use_reentrant: bool) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    wrapper, plain = estimator(ema_decay=0.5), estimator(ema_decay=0.5)
-    layer = torch.nn.Linear(4, 4)
-
-    def forward(x: Tensor) -> Tensor:
-        z: Tensor = layer(x)
-        wrapper.update(z)
-        return z.square().sum()
-
-    for step in range(3):
-        x = mixture(seed=step)[0].requires_grad_()
-        plain.update(layer(x))
-        checkpoint(forward, x, use_reentrant=use_reentrant).backward()
-    assert bits(wrapper.state_dict()) == bits(plain.state_dict())
-
-
 @pytest.mark.parametrize("step", [1.5, True, [1], torch.tensor(1)])
 def test_step_of_another_type_is_refused(step: Any) -> None:
     wrapper = estimator()
     with pytest.raises(TypeError, match=r"^`step` must be an integer, a text or None, got "):
         wrapper.update(mixture()[0], step=step)
     assert wrapper.state is None
-
-
-def test_steps_of_numpy_are_numbers() -> None:
-    wrapper = estimator()
-    for step in (np.int64(3), 3):
-        wrapper.update(mixture()[0], step=step)  # type: ignore[arg-type]
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 120
 
 
 def test_rows_that_wait_are_the_estimators_own() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_core.testing import oracle_batch_moments, oracle_derived
 from mixture_torch import MixtureStats
 from tests.tolerances import FLOAT32
 
@@ -49,18 +48,6 @@ def unchanged(estimator: MixtureStats) -> Iterator[None]:
     assert all_bits(estimator) == before
 
 
-def oracle(batches: list[tuple[Tensor, Tensor]], *, decay: float = 1.0) -> dict[str, Tensor]:
-    """The statistics of all rows so far, in float64, a row of age a weighing decay^a: no merging, no running update.
-
-    Args:
-        batches: Embeddings and responsibilities of each step.
-        decay: Weight of a row after one step more.
-    """
-    weighted = [R.double() * decay**age for age, (_, R) in enumerate(reversed(batches))]
-    x = torch.cat([x.double() for x, _ in batches])
-    return oracle_derived(oracle_batch_moments(x, torch.cat(weighted[::-1])))
-
-
 def assert_close(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = FLOAT32, *, unit: float = 0.0
 ) -> None:
@@ -79,11 +66,6 @@ def assert_close(
         scale = max(float(wanted.abs().max()), floor) if wanted.numel() else 1.0
         difference = float((found - wanted).abs().max()) if wanted.numel() else 0.0
         assert difference <= tolerance * scale, (key, difference, scale)
-
-
-def one_hot(labels: Tensor, K: int = 3) -> Tensor:
-    """Responsibilities of labels in [0, K)."""
-    return torch.nn.functional.one_hot(labels, K).double()
 
 
 def update_quietly(estimator: MixtureStats, *batch: Any, step: Any = None) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The options: where a configuration may hold them, and what is said of wrong ones."""
 
-import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,18 +47,10 @@ def test_config_tests_cover_every_option() -> None:
     )
 
 
-def test_config_reads_every_key() -> None:
-    assert attrs.asdict(MixtureRuntimeConfig.from_mapping(OTHERS)) == OTHERS
-
-
 def test_estimator_takes_every_option_from_its_config(tmp_path: Path) -> None:
     config = MixtureRuntimeConfig.from_mapping(OTHERS)
+    assert attrs.asdict(config) == OTHERS
     assert MixtureStats.from_config(config, log_dir=tmp_path).config == config
-
-
-def test_config_is_hashable_and_pickles() -> None:
-    config = MixtureRuntimeConfig.from_mapping(OTHERS)
-    assert hash(pickle.loads(pickle.dumps(config))) == hash(config)
 
 
 @pytest.mark.parametrize(
@@ -120,17 +111,6 @@ def test_config_reads_numbers_however_they_are_written(tmp_path: Path, text: str
 def test_config_guesses_no_types(tmp_path: Path, text: str) -> None:
     with pytest.raises(TypeError, match=rf"^`{text.split(':')[0]}` must be .*, got .*\.$"):
         load(tmp_path, text)
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [("k", "K"), ("ema_deacy", "ema_decay"), ("score_mode", "scores_mode"), ("crossrank", "cross_rank")],
-)
-def test_config_names_the_nearest_option(key: str, nearest: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^Unknown option in runtime\.mixture: `{key}` \(did you mean `{nearest}`\?\)"
-    ):
-        MixtureRuntimeConfig.from_mapping({"runtime": {"mixture": {key: 1}}})
 
 
 def test_config_reports_all_unknown_options_at_once() -> None:
@@ -204,7 +184,7 @@ def test_config_refuses_what_is_no_mapping(document: Any, place: str) -> None:
     "text",
     [
         *("K: [1", "K: 8\n\tmode: ema", "a: b: c", "K: !!python/object:os.system 1", "K: 1\n---\nK: 2"),
-        *("K: 2026-99-99", "K: !!int ''", "K: !!bool maybe", f"K: {'9' * 5000}", "[" * 3000, "K: \0"),
+        *("K: 2026-99-99", "K: !!int ''", "K: !!bool maybe", f"K: {'9' * 5000}", "[" * 1500, "K: \0"),
     ],
     ids=lambda text: text[:20],
 )
@@ -212,6 +192,13 @@ def test_config_says_in_one_line_that_a_file_is_not_yaml(tmp_path: Path, text: s
     with pytest.raises(ValueError, match=r"^`.*run\.yaml` is not valid YAML: ") as error:
         load(tmp_path, text)
     assert "\n" not in str(error.value)
+
+
+def test_config_runs_no_code_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load(tmp_path, "K: !!python/object/apply:os.mkdir [made]")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(
@@ -227,32 +214,20 @@ def test_config_reads_unicode_only(tmp_path: Path, encoding: str, good: bool) ->
             MixtureRuntimeConfig.from_yaml(path)
 
 
-def test_config_without_a_file_is_an_oserror(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        MixtureRuntimeConfig.from_yaml(tmp_path / "none.yaml")
-
-
 # Option, value, error, and a part of the message. tests/core/test_config.py has more of the mixture's own options.
 OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("K", 0, ValueError, "at least 1, got 0"),
-    ("K", 2.5, TypeError, "an integer, got 2.5"),
     ("assigner", "kmeans", ValueError, "one of kmeans_online, label_supervised, got 'kmeans'"),
     ("mode", "EMA", ValueError, "one of per_batch, ema, label_supervised, got 'EMA'"),
-    ("ema_decay", 0, ValueError, "greater than 0 and less than 1, got 0.0"),
     ("enabled", 1, TypeError, "true or false, got 1"),
-    ("enabled", "yes", TypeError, "true or false, got 'yes'"),
     ("cross_rank", 0, TypeError, "true or false, or gather or reduce, got 0"),
     ("cross_rank", "all", ValueError, "true or false, or gather or reduce, got 'all'"),
     ("dim", 0, ValueError, "at least 1, got 0"),
-    ("dim", 1.5, TypeError, "an integer, got 1.5"),
     ("store_scores", "append", TypeError, "true or false, got 'append'"),
     ("scores_mode", "shards", ValueError, "one of append, per_step, got 'shards'"),
-    ("max_assign_iters", 0, ValueError, "at least 1, got 0"),
     ("seed", -1, ValueError, "at least 0, got -1"),
-    ("seed", 0.5, TypeError, "an integer, got 0.5"),
     ("seed", 2**64, ValueError, f"got {2**64}"),
     ("strict", "no", TypeError, "true or false, got 'no'"),
-    ("relocate", 1, TypeError, "true or false, got 1"),
 ]
 PLACES: list[tuple[str, Any, type[Exception], str]] = [
     ("is_main", "yes", TypeError, "true, false or None, got 'yes'"),

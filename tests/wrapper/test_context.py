@@ -31,14 +31,6 @@ def test_activate_none_hides_the_outer_estimator() -> None:
         assert active_estimator() is None
 
 
-def test_activate_restores_on_exceptions() -> None:
-    first = estimator()
-    with activate(first):
-        with pytest.raises(KeyError), activate(estimator()):
-            raise KeyError
-        assert active_estimator() is first
-
-
 def test_activate_may_be_entered_inside_itself() -> None:
     own = estimator()
     block = activate(own)
@@ -46,17 +38,6 @@ def test_activate_may_be_entered_inside_itself() -> None:
         with block as given:
             assert given is active_estimator() is own
         assert active_estimator() is own
-    assert active_estimator() is None
-
-
-def test_activate_may_be_entered_again_after_an_exception() -> None:
-    own = estimator()
-    block = activate(own, step=3)
-    with pytest.raises(KeyError), block, block:
-        raise KeyError
-    assert active_estimator() is None
-    with block:
-        assert active_step(own) == 3
     assert active_estimator() is None
 
 
@@ -129,18 +110,6 @@ def test_inner_activate_without_a_step_hides_the_outer_step(hide: Any) -> None:
         with hide(own):
             assert active_step(own) is None
         assert active_step(own) == 1
-
-
-def test_active_step_of_a_thread_is_its_own() -> None:
-    own, barrier = estimator(), Barrier(4)
-
-    def inside(step: int) -> int | str | None:
-        with activate(own, step=step):
-            barrier.wait(10)  # all four are active now
-            return active_step(own)
-
-    with ThreadPoolExecutor(4) as pool, activate(own, step=9):
-        assert list(pool.map(inside, range(4))) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("step", [True, 1.0, [1], (1,), np.float32(1)])

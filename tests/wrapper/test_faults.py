@@ -38,16 +38,6 @@ def test_bad_row_counts_for_nothing(value: float, options: dict[str, Any], first
     assert_close(stats, {key: wanted[key] for key in ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B")})
 
 
-@pytest.mark.parametrize("value", BAD)
-def test_bad_rows_leave_no_nan_ever_after(value: float) -> None:
-    wrapper = estimator(K=8)
-    for step in range(30):
-        x, _ = mixture(8, D=4, seed=step)
-        x[step % 8] = value
-        stats = update_quietly(wrapper, x)
-        assert all(bool(tensor.isfinite().all()) for tensor in stats.values())
-
-
 def test_bad_rows_are_warned_about_once() -> None:
     wrapper = estimator()
     with warnings.catch_warnings(record=True) as caught:
@@ -61,12 +51,6 @@ def test_warning_points_at_the_line_that_called_update() -> None:
     with pytest.warns(UserWarning, match="rows were ignored") as caught:
         estimator().update(spoiled())
     assert caught[0].filename == __file__
-
-
-def test_good_rows_are_not_warned_about() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        estimator().update(mixture()[0])
 
 
 @pytest.mark.parametrize("ignored", [-1, -100])
@@ -94,23 +78,17 @@ KINDS = [{}, LABELLED, {"mode": "per_batch"}, {"mode": "label_supervised"}, {"K"
 
 @idle
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_idle_batch_leaves_the_state_to_the_bit(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
+def test_idle_batch_leaves_the_state_and_the_stats_to_the_bit(
+    batch: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> None:
     wrapper = estimator(**options)
-    wrapper.update(*mixture())
+    stats = bits(wrapper.update(*mixture()))
     before = bits(wrapper.state_dict())
-    update_quietly(wrapper, *batch)
-    assert bits(wrapper.state_dict()) == before
-
-
-@idle
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_idle_batch_leaves_the_stats_to_the_bit(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
-    wrapper = estimator(**options)
-    before = bits(wrapper.update(*mixture()))
     after = bits(update_quietly(wrapper, *batch))
+    assert bits(wrapper.state_dict()) == before
     own = ("R", "n_ignored", "n_relocated")  # of the batch, not of the mixture
     assert {key: value for key, value in after.items() if key not in own} == {
-        key: value for key, value in before.items() if key not in own
+        key: value for key, value in stats.items() if key not in own
     }
 
 
@@ -164,11 +142,3 @@ def test_strict_refuses_an_ignored_label() -> None:
     labels[3] = -1
     with unchanged(wrapper), pytest.raises(ValueError, match=r"^`strict` is set, but 1 of 60 rows were ignored .*\.$"):
         wrapper.update(x, labels)
-
-
-def test_strict_goes_on_after_it_refused() -> None:
-    wrapper, expected = estimator(strict=True), estimator()
-    with pytest.raises(ValueError, match="strict"):
-        wrapper.update(spoiled())
-    x, _ = mixture()
-    assert bits(wrapper.update(x)) == bits(expected.update(x))

@@ -99,16 +99,6 @@ def test_checkpointed_forward_updates_once_and_keeps_its_gradients(run: Run) -> 
     assert [gradient.tolist() for gradient in gradients] == [gradient.tolist() for gradient in plain]
 
 
-@checkpointed
-def test_backward_pass_updates_nothing(run: Run) -> None:
-    wrapper, weight = estimator(), torch.eye(4, requires_grad=True)
-    value = run(wrapper, mixture()[0], weight)
-    before = all_bits(wrapper)
-    assert wrapper.stats
-    value.backward()
-    assert all_bits(wrapper) == before
-
-
 @pytest.mark.parametrize("updates", [0, 1])
 def test_update_in_a_hook_of_the_backward_pass_is_skipped(updates: int) -> None:
     wrapper, x, found = estimator(), mixture()[0].requires_grad_(), []
