@@ -55,7 +55,7 @@ def absorb(
     elif _is_forward_twice():
         weight, mean, residual, covariance = _absorb_densely(*arguments)
     else:
-        weight, mean, residual, covariance = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's own
+        weight, mean, residual, covariance = _Absorb.apply(*arguments)  # type: ignore[no-untyped-call]  # torch has not annotated it
     return Moments(weight=weight, mean=mean, covariance=covariance), residual
 
 
@@ -68,8 +68,8 @@ def _absorb_plainly(
     if kernels.usable_on(x, K=len(weight)):
         groups = group(index.to(torch.int32), len(weight))
         return absorb_by_kernels(weight, mean, residual, covariance, x.contiguous(), *groups, out=work.covariance)
-    *rest, new_covariance = _absorb_densely(weight, mean, residual, covariance, x, index)
-    return (*rest, work.covariance.copy_(new_covariance))  # type: ignore[return-value]  # four
+    weight, mean, residual, covariance = _absorb_densely(weight, mean, residual, covariance, x, index)
+    return weight, mean, residual, work.covariance.copy_(covariance)
 
 
 def _absorb_densely(
@@ -100,7 +100,7 @@ def _levels(*kinds: Any) -> int:
 
 
 # All that `torch.compiler.assume_constant_result` does, except that it also imports the compiler, which takes a second.
-_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it, and mypy knows no such attribute
 
 
 # The operator makes the sorting one opaque call for tracers and vmap. `_Absorb` adds the derivatives, since
@@ -133,8 +133,8 @@ def _over_batch(info: Any, in_dims: tuple[int | None, ...], *arguments: Tensor) 
         )
         for item in range(info.batch_size)
     ]
-    stacked = tuple(torch.stack(leaves) for leaves in zip(*results, strict=True))
-    return stacked, (0, 0, 0, 0)  # type: ignore[return-value]  # four, as there are in every result
+    weight, mean, residual, covariance = (torch.stack(leaves) for leaves in zip(*results, strict=True))
+    return (weight, mean, residual, covariance), (0, 0, 0, 0)
 
 
 class _Absorb(torch.autograd.Function):
@@ -155,7 +155,7 @@ class _Absorb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *values, index = ctx.saved_tensors
-        _, pull = torch.func.vjp(partial(_absorb_densely, index=index), *values)  # type: ignore[misc]  # two, without aux
+        _, pull = torch.func.vjp(partial(_absorb_densely, index=index), *values)  # type: ignore[misc]  # mypy also expects the third of has_aux=True
         return (*pull(gradients), None)
 
     @staticmethod
@@ -165,6 +165,6 @@ class _Absorb(torch.autograd.Function):
             torch.zeros_like(value) if tangent is None else tangent
             for value, tangent in zip(values, tangents[:-1], strict=True)
         )
-        _, derivative = torch.func.jvp(partial(_absorb_densely, index=index), tuple(values), along)  # type: ignore[misc]  # likewise
+        _, derivative = torch.func.jvp(partial(_absorb_densely, index=index), tuple(values), along)  # type: ignore[misc]  # as for vjp
         new: Absorbed = derivative
         return new

@@ -14,7 +14,7 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 
 
 class GrowingFile:
-    """A file that grows by whole pieces. What stands behind the last piece is overwritten by the next one.
+    """A file that grows by whole pieces; the next piece overwrites any bytes after the last one.
 
     A subclass says in `look` how much of an existing file is whole pieces. Call `open` before each `put`: it does
     nothing unless the file was closed, or somebody moved, deleted or changed it.
@@ -25,7 +25,7 @@ class GrowingFile:
         say: Called with each warning.
     """
 
-    has_tail = False  # whether what stands behind the last piece may stay until the next one
+    has_tail = False  # whether bytes after the last piece may stay until the next one
 
     def __init__(self, path: Path, *, header: bytes, say: Callable[[str], None]) -> None:
         self.path = path
@@ -36,17 +36,17 @@ class GrowingFile:
         self._place = (0, 0)  # device and inode of the open file
         self._size = 0  # bytes of the open file
         self._vanished = False
-        self._undone = -1  # where our own unfinished piece may stand, if the disk did not let us take it back
+        self._undone = -1  # where an unfinished piece may stand, if the disk refused to remove it
 
     def look(self) -> int:
-        """Returns how many bytes of the file are whole pieces; 0 if there is none, ValueError if it is not ours."""
+        """Returns how many bytes of the file are whole pieces, or raises a ValueError if it has another format."""
         raise NotImplementedError
 
     def open(self) -> None:
         """Opens the file unless it is open and as this object left it.
 
         Raises:
-            ValueError: The file is not ours. It is left as it is.
+            ValueError: The file has another format. It is left as it is.
             OSError: The file cannot be opened.
         """
         if self._fd is not None:
@@ -90,13 +90,13 @@ class GrowingFile:
             self.end = self._size
 
     def finish(self, tail: bytes | memoryview) -> None:
-        """Puts a tail behind the last piece and waits until the disk has the file."""
+        """Writes a tail after the last piece and waits until the disk has the file."""
         self.open()
         self.put(tail, is_tail=True)
         self.sync()
 
     def cut(self, size: int) -> None:
-        """Removes all pieces behind the first `size` bytes and waits until the disk has the file."""
+        """Removes all pieces after the first `size` bytes and waits until the disk has the file."""
         self.open()
         self.end = size
         self._cut()
@@ -196,7 +196,7 @@ def _create(path: Path) -> int:
 def _write(fd: int, data: bytes | memoryview) -> int:
     rest = memoryview(data).cast("B")
     size = rest.nbytes
-    while rest:  # a disk that fills up takes a part before it raises
+    while rest:  # a disk that fills up writes a part before it raises
         rest = rest[os.write(fd, rest) :]
     return size
 

@@ -20,10 +20,10 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems wit
 
 
 class FolderLock:
-    """A lock that ends with its process, however that ends. A forked child does not have it.
+    """A lock that the operating system releases when its process ends, even if it is killed.
 
-    Its file names the process that has it; `release` leaves the file behind, empty. (The package `filelock` would do if
-    all versions that torch accepts kept that name while another process tries to take the lock.)
+    A forked child does not have it. The file names the process that has it, and `release` leaves it there, empty. The
+    package `filelock` would do the same, if all versions that torch accepts kept the name when another process tries.
 
     Args:
         folder: The run folder. It is made if it is missing.
@@ -58,7 +58,7 @@ class FolderLock:
             raise
 
     def release(self) -> None:
-        """Gives the lock up if it is held."""
+        """Releases the lock if it is held."""
         if self._fd is not None:
             try:
                 os.ftruncate(self._fd, 0)

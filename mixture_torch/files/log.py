@@ -62,7 +62,7 @@ class LogFile(GrowingFile):
         self._line_end = b"\n"
 
     def check(self) -> None:
-        """Raises a ValueError if the file is not ours, and changes nothing."""
+        """Raises a ValueError if the file has another format; changes nothing."""
         if self.path.exists():
             read_lines(self.path)
 
@@ -75,9 +75,11 @@ class LogFile(GrowingFile):
             paths = (self.path.with_name(SUPERSEDED_LOG.format(n)) for n in count(1))
             aside = next(path for path in paths if not path.exists())
             write_atomically(aside, lines.header + lines.torn, durable=True)
-            self._say(f"`{self.path}` ended in a row that may be cut short, as it had no line end: see `{aside.name}`.")
+            self._say(
+                f"The last row of `{self.path}` has no line end and may be cut short; it was moved to `{aside.name}`."
+            )
         elif extra:
-            self._say(f"`{self.path}` ended in {extra} bytes of an unfinished write; they were dropped.")
+            self._say(f"An unfinished write of {extra} bytes at the end of `{self.path}` was dropped.")
         return lines.size
 
     def append_row(self, step: int, epoch: int, K: int, figures: tuple[float, float, float, float]) -> None:
@@ -87,13 +89,13 @@ class LogFile(GrowingFile):
         self.last = epoch, step
 
     def steps_from(self, position: Position) -> set[int]:
-        """Returns the steps of all rows at or behind a position."""
+        """Returns the steps of all rows at or after a position."""
         self.open()
         found = map(_position_of, read_lines(self.path).rows)
         return {place[1] for place in found if place is not None and place >= position}
 
     def supersede(self, position: Position, number: int) -> int:
-        """Moves all rows at or behind a position to `mixture.superseded-<number>.csv`, wherever they stand.
+        """Moves all rows at or after a position to `mixture.superseded-<number>.csv`, wherever they stand.
 
         Returns how many there were. If something cannot be written, rows may be in both files.
         """
@@ -179,7 +181,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def _position_of(row: bytes) -> Position | None:
-    """The (epoch, step) of a row; None of a damaged one."""
+    """Returns the (epoch, step) of a row, or None if it is damaged."""
     try:
         step, epoch, _ = row.split(b",", 2)
         return int(epoch), int(step)

@@ -1,4 +1,4 @@
-"""What an estimator gives to its files: one finished row per logged step. All estimators of a process take turns."""
+"""Hands finished rows to the files; the estimators of a process take turns."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ class Recorder:
         if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
             raise TypeError(f"`log_dir` must be a path or None, got {log_dir!r}.")
         if log_dir is not None and not os.fspath(log_dir):
-            raise ValueError("`log_dir` must be a folder or None, got an empty text; `.` is the working directory.")
+            raise ValueError("`log_dir` is empty; use `.` for the working directory, or None for no files.")
         # Absolute: the working directory may change before the first row.
         self._log_dir = None if log_dir is None else Path(log_dir).absolute()
         self.scores_mode = scores_mode
@@ -56,14 +56,14 @@ class Recorder:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process has opened the folder, and is no forked child of the one that did."""
+        """Whether this process itself opened the folder, rather than its parent before a fork."""
         return self._opened_by == os.getpid()
 
     def open(self) -> bool:
         """Opens the run folder unless it is open, and returns whether this process writes there.
 
         Raises:
-            ValueError: A file is not ours, or another process has the folder. Everything is left as it is.
+            ValueError: A file has another format, or another process has the folder. Nothing is changed.
         """
         if self._writes is None:
             self._writes = self._asks()
@@ -75,10 +75,10 @@ class Recorder:
         return self._writes
 
     def write(self, row: Row) -> None:
-        """Writes a row. What the disk refuses is kept and tried again by later calls; a row given twice counts once.
+        """Writes a row, once even if it is given twice. If the disk refuses it, it is kept and later calls try again.
 
         Raises:
-            OSError: `strict`, and something could not be written. It is kept.
+            OSError: Something could not be written and `strict` is set. It is kept.
         """
         with _Shared.turn:
             if self._folder is not None and self.is_ours:
@@ -112,7 +112,7 @@ class _Shared:
 
     @classmethod
     def begin_anew(cls) -> None:
-        """For a forked child, in which nobody gives back what another thread of its parent has."""
+        """Replaces the lock in a forked child: a thread that held it exists only in the parent."""
         cls.turn, cls.folders = threading.RLock(), weakref.WeakValueDictionary()
 
 
@@ -121,7 +121,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _run_folder(path: Path) -> RunFolder:
-    """The one `RunFolder` of this process for a place, by whatever path."""
+    """Returns this process's only `RunFolder` for a folder, whatever path names it."""
     place = os.path.realpath(path)
     folder = _Shared.folders.get(place)
     if folder is None:

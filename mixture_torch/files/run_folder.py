@@ -1,7 +1,7 @@
-"""The run folder: its lock, the order of what is written to it, and what happens if the disk refuses.
+"""The run folder: its lock, the order of its rows, and retries after disk faults.
 
-A row is kept in memory until it is in the folder, and each call tries all that are kept, in order. A call that comes in
-the middle of another one, from a signal handler or a garbage collection, only says what it wants; that one does it.
+A row is kept in memory until it is in the folder, and each call tries all that are kept, in order. A call during
+another call, from a signal handler or a garbage collection, only queues its request; the outer call carries it out.
 """
 
 from collections import deque
@@ -76,7 +76,7 @@ class RunFolder:
         """Opens the folder for a user, unless it is open for this one.
 
         Raises:
-            ValueError: A file is not ours, or another process has the folder. Everything is left as it is.
+            ValueError: A file has another format, or another process has the folder. Nothing is changed.
         """
         if user in self._users:
             return
@@ -88,7 +88,7 @@ class RunFolder:
         self._users.add(user)
 
     def write(self, row: Row, scores_mode: Mode | None, *, strict: bool) -> None:
-        """Writes a row behind all that wait, unless it was given before; `strict` raises what the disk reports."""
+        """Writes a row after all that wait, unless it was given before; `strict` raises what the disk reports."""
         if row is not (self._waiting[-1].row if self._waiting else self._written):
             self._waiting.append(_Waiting(row, scores_mode, row.R, row.resumes))
         try:
@@ -102,14 +102,14 @@ class RunFolder:
         self._work(strict=strict, quiet=quiet)
 
     def leave(self, user: object, *, strict: bool, for_good: bool) -> None:
-        """Flushes for a user who goes, and who may not try again: `for_good`."""
+        """Flushes for a user that leaves; `for_good` means that it will not try again."""
         self._users.discard(user)
         self.flush(strict=strict, quiet=True)
         if not (for_good and self._users):  # otherwise the others will try again
             self._say_what_is_missing(for_good)
 
     def _open(self, scores_mode: Mode | None) -> None:
-        """Opens the files, after a look at all of them."""
+        """Checks all files, then opens them."""
         try:
             self.is_busy = True
             with suppress(OSError):  # `write` will meet it again, and keeps the row
@@ -140,7 +140,7 @@ class RunFolder:
                     self._complete()
             self._fault = None
         except (OSError, ValueError) as error:
-            # Its text alone: the error would keep alive whoever called.
+            # Its text alone: the traceback of the error would keep the callers alive.
             self._fault = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
             if strict:
                 raise
@@ -182,7 +182,7 @@ class RunFolder:
         waiting.R = None
 
     def _supersede(self, waiting: _Waiting) -> None:
-        """Moves what was recorded at or behind a row to files of their own; may be called again after a fault."""
+        """Moves what was recorded at or after a row to files of their own; may be called again after a fault."""
         position = epoch, step = waiting.row.epoch, waiting.row.step
         waiting.number = waiting.number or next(n for n in count(1) if not self._superseded(n))
         steps = self._log.steps_from(position)
@@ -196,8 +196,8 @@ class RunFolder:
         if rows or waiting.moved:
             places = " and ".join(self._superseded(waiting.number))
             self.news.append(
-                f"`{self._path}` goes on from step {step} of epoch {epoch}: {rows} rows and {waiting.moved} "
-                f"entries of responsibilities from there on were moved to {places}."
+                f"`{self._path}` is resumed at step {step} of epoch {epoch}: {rows} later rows and {waiting.moved} "
+                f"entries of responsibilities were moved to {places}."
             )
 
     def _superseded(self, number: int) -> list[str]:
@@ -209,13 +209,13 @@ class RunFolder:
         if last is not None and (row.epoch, row.step) <= last and not self._warned_of_order:
             self._warned_of_order = True
             self.news.append(
-                f"`{self._path}` got step {row.step} of epoch {row.epoch} after step {last[1]} of epoch {last[0]}; "
-                "both are kept. Call `load_state_dict` first to set later rows aside, or choose another `log_dir`."
+                f"`{self._path}` already has rows up to epoch {last[0]}, step {last[1]}; step {row.step} of epoch "
+                f"{row.epoch} is appended. To replace later rows, call `load_state_dict` before `log_step`."
             )
 
     def _complete(self) -> None:
         asked, self._completes = self._completes, False
-        if not (asked and self._is_open):  # otherwise what lies there may be another's
+        if not (asked and self._is_open):  # otherwise the files may belong to another process
             return
         try:
             self._lock.acquire()
@@ -234,7 +234,7 @@ class RunFolder:
                 self._lock.release()
 
     def _keep_responsibilities(self) -> None:
-        """Copies responsibilities that could not be written, as their owner may change them; drops what is too much."""
+        """Copies responsibilities that could not be written, as their owner may change them, up to MOST_KEPT bytes."""
         for waiting in reversed(self._waiting):
             if waiting.R is None or waiting.kept_bytes:
                 break  # and so it is with all before it
@@ -254,7 +254,7 @@ class RunFolder:
             rows = f"{len(self._waiting)} rows and {entries} entries of responsibilities"
             said.append(f"could not be written ({self._fault}): {rows} {'are lost' if for_good else kept}")
         if self._dropped:
-            said.append(f"lacks {self._dropped} entries of responsibilities, for which memory had no room")
+            said.append(f"lacks {self._dropped} entries of responsibilities, because more than 1 GiB was waiting")
             self._dropped = 0
         if said:
             self.news.append(f"`{self._path}` {'; it '.join(said)}.")

@@ -50,13 +50,13 @@ class ScoresFile(GrowingFile):
             super().open()
 
     def append_entry(self, step: int, epoch: int, R: Tensor) -> None:
-        """Writes one entry to the open file, (N, K), which `read_scores` finds from now on."""
+        """Appends one entry, (N, K), to the open file; `read_scores` finds it at once."""
         record, data = pack(self.end, step, epoch, R)
         self.put(data)
         self._index += INDEX.pack(*record)
 
     def supersede(self, position: tuple[int, int], number: int) -> int:
-        """Moves the entries at or behind a position to `mixture_scores.superseded-<number>.pt`.
+        """Moves the entries at or after a position to `mixture_scores.superseded-<number>.pt`.
 
         Returns how many there were. If something cannot be written, entries may be in both files.
         """
@@ -98,7 +98,7 @@ class ScoresFile(GrowingFile):
         for record, _ in scan(self.path, self._say, start=self._indexed):
             self._index += INDEX.pack(*record)
         if size := torn(self.path, self._indexed):
-            self._say(f"`{self.path}` ended in {size} bytes of an unfinished write; they were dropped.")
+            self._say(f"An unfinished write of {size} bytes at the end of `{self.path}` was dropped.")
         return self._indexed
 
     def _entries(self, takes: Callable[[tuple[int, int]], bool]) -> Iterator[ScoreEntry]:
@@ -151,7 +151,7 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
 
 
 def read_entries(path: Path, say: Callable[[str], None]) -> Iterator[ScoreEntry]:
-    """Yields the entries of a file of ours, or of a list that `torch.save` wrote; ValueError if it is neither."""
+    """Yields the entries of a file that `ScoresFile` or `torch.save` wrote; raises a ValueError if it is neither."""
     begin, end = beginning(path), 0
     for record, R in scan(path, say) if begin is not None else ():
         end = record.end
@@ -160,9 +160,9 @@ def read_entries(path: Path, say: Callable[[str], None]) -> Iterator[ScoreEntry]
         yield from load_list(path)
         return
     if end and begin != HEADER:
-        say(f"`{path}` is damaged: skipped its beginning.")
+        say(f"The beginning of `{path}` is damaged and was skipped.")
     if size := torn(path, end or len(HEADER) * (begin == HEADER)):
-        say(f"`{path}` ends in {size} bytes of an unfinished write; they were left out.")
+        say(f"An unfinished write of {size} bytes at the end of `{path}` was left out.")
 
 
 def _readable(shards: list[Path]) -> Iterator[ScoreEntry]:
@@ -172,7 +172,7 @@ def _readable(shards: list[Path]) -> Iterator[ScoreEntry]:
         except FileNotFoundError:  # set aside meanwhile
             continue
         except ValueError as error:
-            _warn(f"{error} It was left out.")
+            _warn(f"{error} The file was left out.")
 
 
 def _holds(path: Path, packed: bytes | bytearray) -> bool:

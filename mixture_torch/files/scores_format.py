@@ -30,7 +30,7 @@ NAME = re.compile(FOLDER.encode() + rb"data/(\d+),(\d+),(\d+),(\d+)x(\d+)FB")  #
 MARKER = b"mixture_scores: every flush makes anew what follows".ljust(64)
 SIGNATURE = b"PK\3\4"  # of a record
 ALIGNMENT = 64  # of records and of their data
-HEADER_SIZE = 192  # of what stands before a record's data
+HEADER_SIZE = 192  # bytes of the header before a record's data
 PIECE = 1 << 20  # bytes searched at once
 INDEX = struct.Struct("<5qI")  # a record in memory
 
@@ -57,7 +57,7 @@ class Record(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """What stands before its data."""
+        """The header before its data."""
         return _header(self.info)
 
     @property
@@ -75,7 +75,7 @@ def _info(name: str, size: int, crc: int, offset: int) -> zipfile.ZipInfo:
 
 
 def _header(info: zipfile.ZipInfo) -> bytes:
-    """What stands before a record's data; its last 4 bytes are a checksum of the others, unlike in other zips."""
+    """The header of a record; its last 4 bytes are a checksum of the header, which other zips do not have."""
     padding = HEADER_SIZE - len(info.FileHeader()) - 4
     info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
     header = info.FileHeader()[:-4]
@@ -173,7 +173,7 @@ class _Listing(list[zipfile.ZipInfo]):
 
 
 def tail(index: bytes | bytearray, end: int) -> memoryview:
-    """Returns what makes these records a list, to stand at `end`."""
+    """Returns the tail at `end` that turns the records into a list for `torch.load`."""
     part, step = _Part(), 1000 * INDEX.size
     part.offset = end
     part.write(MARKER)
@@ -220,7 +220,7 @@ def read_record(file: BinaryIO, place: int) -> tuple[Record, bytearray] | None:
 
 
 def _search(file: BinaryIO, start: int) -> tuple[Record, bytearray] | None:
-    """The first record behind a place."""
+    """The first record after a place."""
     for place in range(start, file.seek(0, io.SEEK_END), PIECE):
         file.seek(place)
         for match in re.finditer(SIGNATURE, file.read(PIECE)):
@@ -230,7 +230,7 @@ def _search(file: BinaryIO, start: int) -> tuple[Record, bytearray] | None:
 
 
 def torn(path: Path, end: int) -> int:
-    """Returns how many bytes of an unfinished write stand behind the last record; a tail is none."""
+    """Returns how many bytes of an unfinished write follow the last record; a tail is none."""
     with open(path, "rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(end)
@@ -238,7 +238,7 @@ def torn(path: Path, end: int) -> int:
 
 
 def beginning(path: Path) -> bytes | None:
-    """Returns as many bytes as HEADER has; None of a pipe or a device, at which one would wait."""
+    """Returns as many bytes as HEADER has; None for a pipe or a device, which could block."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:

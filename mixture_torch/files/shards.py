@@ -53,17 +53,16 @@ class ShardFolder:
         replaces = self._begun[1] and path.exists()  # it may have been moved away since a refusal
         if replaces:
             load_entry(path)
-        own = (
-            R.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        )  # not what R is a view of
+        # A copy, since torch.save would save all of what R is a view of.
+        own = R.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
         # One name for all steps: the steps at which processes were killed leave one temporary file.
         save(path, {"step": step, "epoch": epoch, "responsibilities": own}, temporary=".step.mixture_torch.tmp")
         if replaces and not self._warned:
             self._warned = True
-            self._say(f"`{path}` was there already and has been replaced; later ones will be, too.")
+            self._say(f"`{path}` existed and was replaced; later steps replace their files without a warning.")
 
     def supersede(self, position: tuple[int, int], number: int, *, steps: Container[int]) -> int:
-        """Moves the entries at or behind a position to the folder `mixture_scores.superseded-<number>`.
+        """Moves the entries at or after a position to the folder `mixture_scores.superseded-<number>`.
 
         Reads only entries whose step is not before that of the position, or is in `steps`. Returns how many there were.
         """
@@ -81,7 +80,7 @@ def load_entry(path: Path) -> ScoreEntry:
 
 
 def load_list(path: Path) -> list[ScoreEntry]:
-    """Returns a list of entries, which stay in the file until they are used; raises ValueError if it holds no list."""
+    """Returns a list of entries, mapped from the file until they are used; raises a ValueError if it holds no list."""
     is_zip = path.is_file() and zipfile.is_zipfile(path)  # not so before torch 1.6
     return cast(list[ScoreEntry], _load(path, _is_list, expected="a list of entries", mmap=is_zip))
 
@@ -129,7 +128,7 @@ def _is_count(value: Any) -> bool:
 def _is_from(position: tuple[int, int], path: Path) -> bool:
     try:
         entry = load_entry(path)
-    except ValueError:  # damaged: it goes with its neighbors
+    except ValueError:  # damaged entries are treated like their neighbors
         return True
     return (entry["epoch"], entry["step"]) >= position
 

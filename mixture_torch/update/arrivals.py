@@ -15,7 +15,7 @@ from mixture_torch.update.batch import Doubt
 from mixture_torch.update.stats import Rows
 
 T = TypeVar("T")
-SHAPES = {"pi": "(K,)", "B": "(D, D)", "R": "(N, K)", "trace_B": "()", "opnorm_B": "()"}  # of what is logged
+SHAPES = {"pi": ("K",), "B": ("D", "D"), "R": ("N", "K"), "trace_B": (), "opnorm_B": ()}  # of what a row needs
 
 
 class Report:
@@ -153,18 +153,18 @@ def check_loggable(stats: Mapping[str, Tensor], *, stores_scores: bool) -> None:
     needed = ["pi"] if "trace_B" in stats and "opnorm_B" in stats else ["pi", "B"]
     if missing := [key for key in [*needed, *["R"] * stores_scores] if key not in stats]:
         raise ValueError(f"`stats` must be what `update` returned, got a mapping without {' and '.join(missing)}.")
-    for key in SHAPES.keys() & stats.keys() - ({"R"} if not stores_scores else set()):
-        if not _fits(value := stats[key], key):
+    for key, shape in SHAPES.items():
+        if key in stats and (key != "R" or stores_scores) and not _fits(value := stats[key], key):
             got = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"`stats` must hold {key} as a dense tensor {SHAPES[key]}, got {got}.")
+            raise ValueError(f"`stats` must hold {key} as a dense tensor ({', '.join(shape)}), got {got}.")
 
 
 def _fits(value: Any, key: str) -> bool:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
         return False
-    if key == "B" and value.shape != value.mT.shape:
+    if value.ndim != len(SHAPES[key]) or (key == "B" and value.shape[0] != value.shape[1]):
         return False
-    return value.ndim == {"pi": 1, "B": 2, "R": 2}.get(key, 0) and (key == "R" or value.numel() > 0)
+    return key == "R" or value.numel() > 0
 
 
 def responsibilities_of(stats: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 from mixture_core import MixtureConfig, MixtureState, Moments
 from mixture_core.absorb_cpu import complete_, pack, unpack_
+from mixture_core.config import shown
 
 VERSION = 3
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
@@ -32,8 +33,9 @@ class Progress(NamedTuple):
     @property
     def digest(self) -> int:
         """A number that is the same on two ranks if their weights and means are the same."""
-        m = None if self.state is None else self.state.moments
-        parts = () if self.state is None or m is None else (m.weight, m.mean, self.state.residual)
+        if self.state is None:
+            return 0
+        parts = self.state.moments.weight, self.state.moments.mean, self.state.residual
         return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
 
 
@@ -105,8 +107,9 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     wanted = to_state_dict(config, Progress(), dim=None)
     old = type(version := state_dict.get("version")) is int and version == 2
     if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
-        keys = ", ".join(map(str, state_dict))
-        raise ValueError(f"The state_dict has other keys than {', '.join(wanted)}: it has {keys}.")
+        lacks = shown([key for key in wanted if key not in state_dict])
+        more = shown([key for key in state_dict if key not in wanted])
+        raise ValueError(f"The state_dict lacks the keys {lacks} and has the unknown keys {more}.")
     for key in ("K", "mode", "assigner") if old else ("version", "K", "mode", "assigner"):
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
             raise _differs(key, state_dict[key], wanted[key])
@@ -146,7 +149,7 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
 
 
 def _differs(key: str, came: object, own: object) -> ValueError:
-    return ValueError(f"The state_dict has {key}={_shown(came)}, but this estimator has {key}={own!r}.")
+    return ValueError(f"The state_dict has {key}={shown(came)}, but this estimator has {key}={own!r}.")
 
 
 def _checksum_2(weight: Tensor, mean: Tensor, covariance: Tensor) -> int:
@@ -159,7 +162,7 @@ def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None) -> i
     value = state_dict[key]
     if type(value) is not int or value < 0 or (at_most is not None and value > at_most):
         expected = "an int from 0 on" if at_most is None else f"an int from 0 to {at_most}"
-        raise ValueError(f"The state_dict has {key}={_shown(value)} instead of {expected}.")
+        raise ValueError(f"The state_dict has {key}={shown(value)} instead of {expected}.")
     return value
 
 
@@ -168,10 +171,6 @@ def _tensor(state_dict: Mapping[str, Any], key: str, *shape: int) -> Tensor:
     tensor = state_dict[key]
     usable = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
     if not isinstance(tensor, Tensor) or not (usable and tensor.is_floating_point() and tuple(tensor.shape) == shape):
-        came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else _shown(tensor)
+        came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else shown(tensor)
         raise ValueError(f"`{key}` of the state_dict is {came} instead of a dense real tensor of shape {shape}.")
     return tensor.detach().to(torch.float32, copy=True)
-
-
-def _shown(value: object) -> str:
-    return " ".join(repr(value).split())

@@ -172,7 +172,7 @@ class Mixture:
 
     def _go_on(self, state: LowerState, batch: Batch, part: Part, total: Total | None) -> _Outcome:
         """Computes the step from the state, after a relocation if one is due."""
-        kept = state if state.moments.weight.device == batch.x.device else to_device(state, batch.x.device)
+        kept = to_device(state, batch.x.device)
         start, n_relocated, before = kept, None, kept.moments.covariance
         if self._is_move_due(part):
             start, n_relocated = move(kept, lower=True)  # type: ignore[assignment]  # it keeps to lower triangles

@@ -95,7 +95,7 @@ def test_torn_file_goes_on_behind_its_last_whole_row_and_loses_no_byte(tmp_path:
     assert (aside.read_bytes() if aside.exists() else b"") == (header + torn if torn else b"")
     if torn:
         assert messages == [
-            f"`{path}` ended in a row that may be cut short, as it had no line end: see `{aside.name}`."
+            f"The last row of `{path}` has no line end and may be cut short; it was moved to `{aside.name}`."
         ]
     assert len(messages) == (size != len(header))
 

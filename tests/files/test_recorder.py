@@ -3,7 +3,9 @@
 import gc
 import linecache
 import os
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from mixture_torch import MixtureStats, read_log, read_scores
+from mixture_torch.files import recorder as recorders
 from mixture_torch.files.recorder import Recorder, Row
 from mixture_torch.update.arrivals import Arrivals, Report, numbers_of
 from tests.files.recording import HEADER, said
@@ -84,6 +87,25 @@ def test_responsibilities_that_are_no_matrix_are_refused_at_once(R: Any, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pi", [0.5, 0.5]), ("pi", torch.ones(0)), ("pi", torch.tensor(1.0)), ("B", torch.ones(3, 4)), ("trace_B", 1.0)],
+    ids=str,
+)
+def test_stats_of_a_wrong_shape_are_refused_in_one_line(key: str, value: Any, tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path / "run") as wrapper:
+        stats = {"pi": torch.ones(2) / 2, "B": torch.eye(4), key: value}
+        with pytest.raises(ValueError, match=f"^`stats` must hold {key} as a dense tensor .*, got .*\\.$"):
+            wrapper.log_step(step=0, epoch=0, stats=stats)
+
+
+@pytest.mark.parametrize("B", [torch.eye(4).half(), torch.eye(4, dtype=torch.int64), torch.eye(4) * torch.nan], ids=str)
+def test_stats_of_any_numbers_are_logged(B: torch.Tensor, tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path) as wrapper:
+        wrapper.log_step(step=0, epoch=0, stats={"pi": torch.ones(2) / 2, "B": B})
+    assert read_log(tmp_path)["trace_B"][0] == pytest.approx(float(B.float().trace()), nan_ok=True)
+
+
 @pytest.mark.parametrize("stats", [None, {}])
 def test_log_step_without_an_update_warns_once(tmp_path: Path, stats: Any) -> None:
     wrapper = estimator(log_dir=tmp_path / "run")
@@ -100,7 +122,7 @@ def test_log_step_without_an_update_warns_once(tmp_path: Path, stats: Any) -> No
 
 
 def test_empty_log_dir_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^`log_dir` must be a folder or None, got an empty text; `\.` is"):
+    with pytest.raises(ValueError, match=r"^`log_dir` is empty; use `\.` for the working directory"):
         estimator(log_dir="")
 
 
@@ -191,8 +213,8 @@ def test_signal_handler_at_any_line_of_log_step_loses_and_doubles_nothing(
             path = frame.f_code.co_filename
             if "mixture_torch" not in path or path.endswith("precision.py"):  # whose settings belong to all tests
                 return None
-            # A trace could raise between a block's end and the release of its lock, where Python lets no signal in.
-            is_block = linecache.getline(path, frame.f_lineno).lstrip().startswith("with ")
+            # On these lines a trace could raise outside of the block and leave its lock held. Python lets no signal in.
+            is_block = linecache.getline(path, frame.f_lineno).lstrip().startswith(("with ", "try:"))
             if event == "line" and not is_block and not handled and next(lines) == line:
                 handled.append(line)
                 handler()
@@ -205,6 +227,7 @@ def test_signal_handler_at_any_line_of_log_step_loses_and_doubles_nothing(
             with suppress(KeyboardInterrupt):
                 wrapper.log_step(step=2, epoch=0)
             sys.settrace(None)
+            assert not recorders._Shared.turn._is_owned()  # type: ignore[attr-defined]  # else the next thread would hang
             wrapper.close()
         assert messages == []
         is_there = method != "interrupt" or not handled or len(read_log(tmp_path / str(line))["step"]) == 3
@@ -239,6 +262,37 @@ def test_second_thread_may_flush_and_close_at_any_time(tmp_path: Path, options: 
     wrapper.close()
     assert errors == []
     assert_each_is_there_once(tmp_path, expected, options)
+
+
+def test_signal_handler_that_flushes_beside_a_second_thread_ends(tmp_path: Path) -> None:
+    code = f"""
+        import signal, threading, torch
+        from mixture_torch import MixtureStats, read_log
+
+        estimator, x, is_busy = MixtureStats(K=2, enabled=True, log_dir={str(tmp_path)!r}), torch.randn(64, 4), []
+
+        def train():
+            for step in range(300):
+                estimator.update(x)
+                estimator.log_step(step=step, epoch=0)
+
+        def handle(*_):
+            if not is_busy:
+                is_busy.append(True)
+                estimator.flush()
+                is_busy.clear()
+
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        thread = threading.Thread(target=train)
+        thread.start()
+        while thread.is_alive():
+            estimator.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        estimator.close()
+        assert read_log({str(tmp_path)!r})["step"].tolist() == list(range(300))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
 
 
 # Rows whose figures are on their way from a GPU

@@ -154,8 +154,8 @@ def test_two_users_share_a_folder_by_whatever_path_until_the_last_one_leaves(tmp
 def test_rows_that_go_back_are_kept_with_one_warning_each_time(tmp_path: Path) -> None:
     (tmp_path / "mixture.csv").write_bytes(HEADER + line((3, 40)))
     one = Writer(tmp_path)
-    for last in ("step 40 of epoch 3", "step 2 of epoch 0"):
-        with pytest.warns(UserWarning, match=f"got step 1 of epoch 0 after {last}; both are kept") as caught:
+    for last in ("epoch 3, step 40", "epoch 0, step 2"):
+        with pytest.warns(UserWarning, match=f"has rows up to {last}; step 1 of epoch 0 is appended") as caught:
             one.log(1, 0, 2, 1, 2)
         assert [warning.filename for warning in caught] == [one.log.__code__.co_filename]
         one.close()
@@ -164,7 +164,7 @@ def test_rows_that_go_back_are_kept_with_one_warning_each_time(tmp_path: Path) -
 
 def test_row_of_the_step_before_is_kept_with_a_warning(tmp_path: Path) -> None:
     one = Writer(tmp_path)
-    with pytest.warns(UserWarning, match="got step 1 of epoch 0 after step 1 of epoch 0; both are kept"):
+    with pytest.warns(UserWarning, match="has rows up to epoch 0, step 1; step 1 of epoch 0 is appended"):
         one.log(1, 1)
     one.close()
     assert places(tmp_path) == [(0, 1)] * 2
@@ -234,7 +234,7 @@ def test_warnings_that_are_errors_lose_no_row(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one.log(5)
-        with pytest.raises(UserWarning, match="got step 0 of epoch 0 after step 5"):
+        with pytest.raises(UserWarning, match="has rows up to epoch 0, step 5; step 0"):
             one.log(0)
         with broken("write"), pytest.raises(UserWarning, match="could not be written"):
             one.log(6)
@@ -253,7 +253,7 @@ def test_responsibilities_wait_up_to_a_bound_which_is_free_again_when_they_are_w
             one.log(*range(start, start + 5), N=40)
         with said() as messages:
             one.close()
-        assert messages == [f"`{tmp_path}` lacks 2 entries of responsibilities, for which memory had no room."]
+        assert messages == [f"`{tmp_path}` lacks 2 entries of responsibilities, because more than 1 GiB was waiting."]
     assert [step for _, step in places(tmp_path)] == [*range(5), *range(10, 15)]
     assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2, 10, 11, 12]
 
@@ -282,8 +282,8 @@ def test_resumed_run_sets_scores_of_either_mode_aside(tmp_path: Path, stored: st
         (one := Writer(tmp_path, mode, resumes=True)).log(1, 2)
         one.close()
     assert messages == [
-        f"`{tmp_path}` goes on from step 1 of epoch 0: 2 rows and 2 entries of responsibilities from there on were "
-        f"moved to `{names[0]}` and `{names[1]}`."
+        f"`{tmp_path}` is resumed at step 1 of epoch 0: 2 later rows and 2 entries of responsibilities were moved to "
+        f"`{names[0]}` and `{names[1]}`."
     ]
     assert (tmp_path / "mixture.csv").read_bytes() == HEADER + line(0, 1) + line(1) + line(2)
     assert (tmp_path / "mixture.superseded-1.csv").read_bytes() == HEADER + line(1, 1) + line(2, 1)

@@ -214,7 +214,7 @@ def test_torn_file_loses_the_torn_record_alone(tmp_path: Path, flushed: bool) ->
             assert steps(tmp_path) == whole
         assert path.read_bytes() == data[:size]
         is_torn = size < ends[-1] and size not in ends
-        assert [" of an unfinished write; they were left out" in message for message in messages] == [True] * is_torn
+        assert [message.startswith("An unfinished write of ") for message in messages] == [True] * is_torn
         with said() as messages:
             write(tmp_path, 2)
         assert len(messages) == is_torn
@@ -243,7 +243,7 @@ def test_damaged_header_is_mended(tmp_path: Path, place: int) -> None:
     path = leave(tmp_path, 0, 1, flushed=True)
     data = path.read_bytes()
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    with pytest.warns(UserWarning, match="is damaged: skipped"):
+    with pytest.warns(UserWarning, match="damaged"):
         write(tmp_path, 2)
     assert listed(tmp_path) == ([0, 1, 2] if place < START else [1, 2])
 

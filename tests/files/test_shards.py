@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixture_torch import read_scores
+from mixture_torch import read_log, read_scores
 from mixture_torch.files.shards import ShardFolder
 from tests.files.conftest import Disk
 from tests.files.recording import said
-from tests.wrapper.samples import contents
+from tests.wrapper.samples import contents, estimator, log_steps
 
 R = torch.full((3, 2), 0.5)
 
@@ -43,8 +43,8 @@ def test_shards_that_are_replaced_are_warned_about_once(tmp_path: Path) -> None:
     messages: list[str] = []
     write(tmp_path, (9, 0), (9, 1), (9, 2), say=messages)
     assert messages == [
-        f"`{tmp_path / 'mixture_scores' / 'step_000001.pt'}` was there already and has been replaced; later ones will "
-        "be, too."
+        f"`{tmp_path / 'mixture_scores' / 'step_000001.pt'}` existed and was replaced; later steps replace their files "
+        "without a warning."
     ]
     assert found(tmp_path) == [(9, 0), (9, 1), (9, 2)]
 
@@ -83,7 +83,7 @@ def test_read_scores_orders_shards_by_step_and_leaves_out_damaged_ones(tmp_path:
     (tmp_path / "mixture_scores" / "step_000006.pt").write_bytes(b"?")
     with said() as messages:
         assert found(tmp_path) == [(0, 5), (0, 999_999), (0, 1_000_000)]
-    assert [message.endswith("It was left out.") for message in messages] == [True]
+    assert [message.endswith("The file was left out.") for message in messages] == [True]
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,14 @@ def test_supersede_reads_no_shard_before_the_step(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "load", lambda path, **options: (read.append(path.name), load(path, **options))[1])
     assert shards.supersede((0, 48), 1, steps=set()) == 2
     assert read == ["step_000048.pt", "step_000049.pt"]
+
+
+def test_rows_go_on_when_a_foreign_shard_is_moved_away(tmp_path: Path) -> None:
+    path = tmp_path / "mixture_scores" / "step_000001.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"foreign")
+    with said(), estimator(log_dir=tmp_path, store_scores=True, scores_mode="per_step") as wrapper:
+        log_steps(wrapper, 3)
+        path.rename(tmp_path / "elsewhere")
+    assert read_log(tmp_path)["step"].tolist() == [0, 1, 2]
+    assert found(tmp_path) == [(0, 0), (0, 1), (0, 2)]

@@ -68,6 +68,14 @@ def test_skipped_part_leaves_its_step_to_the_others(mode: str, run_out: Callable
 
 
 @pytest.mark.filterwarnings("ignore:`update` ran out of memory")
+def test_skipped_update_takes_no_memory_for_its_rows(run_out: Callable[..., Any]) -> None:
+    wrapper = estimator()
+    wrapper.update(mixture(seed=0)[0])
+    R = run_out(wrapper, SHORTAGES["CPU"]).R
+    assert R.untyped_storage().nbytes() == 4 * R.shape[1]
+
+
+@pytest.mark.filterwarnings("ignore:`update` ran out of memory")
 @shortages
 def test_skipped_update_ignores_all_its_rows(
     shortage: Callable[[], Exception], run_out: Callable[..., Any], tmp_path: Path

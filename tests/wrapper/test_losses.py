@@ -184,3 +184,12 @@ def test_labels_that_nobody_looks_at_may_be_anything(options: dict[str, Any]) ->
     z = torch.randn(6, 4)
     with activate(estimator(**options)):
         assert NTXentLoss()(z, z, labels=np.array(["cat"] * 6)).isfinite()
+
+
+def test_warning_of_the_estimator_points_at_the_call_of_the_loss() -> None:
+    z, _ = views()
+    wrapper = estimator()
+    wrapper.update(torch.randn(60, 3))
+    with activate(wrapper), pytest.warns(UserWarning, match="rows were ignored") as caught:
+        NTXentLoss()(z * torch.nan, z)
+    assert caught[0].filename == __file__
