@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,11 +74,11 @@ def _rows(settings: Settings, job: Job) -> list[tuple[str, ...]]:
     torch.manual_seed(0)
     train = Training(job, settings.device)
     with tempfile.TemporaryDirectory() as root, ExitStack() as files:
-        steps: dict[str, Callable[[], None]] = {WITHOUT: lambda: train.step(None)}
+        steps: dict[str, Callable[[], None]] = {WITHOUT: partial(train.step, None)}
         for compiled in [False, True] if settings.device.type == "cuda" else [False]:
             estimator = cases.make_estimator(job.K, Path(root) / str(compiled), compile=compiled)
             files.enter_context(estimator)
-            steps["yes" if compiled else NONE] = lambda estimator=estimator: train.step(estimator)  # type: ignore[misc]  # a default holds it
+            steps["yes" if compiled else NONE] = partial(train.step, estimator)
         seconds = in_palindromes(steps, pairs=job.pairs, seconds=job.seconds, warmups=settings.warmups)
     return [_row(job, name, seconds[WITHOUT], figures) for name, figures in seconds.items() if name != WITHOUT]
 

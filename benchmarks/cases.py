@@ -88,8 +88,7 @@ def make_estimator(K: int, folder: Path, *, compile: bool = False) -> MixtureSta
         folder: For its files.
         compile: Whether it compiles its step, if it can.
     """
-    options = {"compile": True} if compile else {}
-    return MixtureStats(K=K, enabled=True, is_main=True, log_dir=folder, **options)  # type: ignore[arg-type]  # by name
+    return MixtureStats(K=K, enabled=True, is_main=True, log_dir=folder, compile=compile)
 
 
 class Ours:

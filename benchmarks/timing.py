@@ -124,7 +124,7 @@ class _Events:
         self.run = run
 
     def __call__(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's own
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has not annotated it
         torch.cuda.synchronize()
         start.record()
         for _ in range(STEPS_BETWEEN_EVENTS):

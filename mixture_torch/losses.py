@@ -61,8 +61,7 @@ class NTXentLoss(nn.Module):
         # A norm in half precision is off by 1e-3, and with it every similarity.
         z = functional.normalize(z if z.dtype == torch.float64 else z.to(torch.float32), dim=1)
         if torch.compiler.is_compiling():
-            both = torch.cat([labels, labels]) if isinstance(labels, Tensor) and labels.ndim == 1 else None
-            update_compiled(ACTIVE, z, both, None)
+            update_compiled(ACTIVE, z, _of_both_views(labels), None)
         elif (estimator := active_estimator()) is not None:
             estimator.update(z.detach(), _of_both_views(labels))
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

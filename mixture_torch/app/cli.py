@@ -116,8 +116,9 @@ def demo(
 def resolve(
     files: Iterable[Path], overrides: Iterable[str], options: Mapping[str, Any]
 ) -> tuple[DemoConfig, MixtureRuntimeConfig]:
-    """Returns the configuration of a run: the demo's defaults, then the files, `--set` and the other options, each of
-    which overrides those before.
+    """Returns the configuration of a run.
+
+    The files override the demo's defaults, `--set` overrides the files, and the other options override all.
 
     Args:
         files: YAML files with a block `runtime: mixture:` or `demo:` or both; other keys are ignored.

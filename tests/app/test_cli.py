@@ -15,7 +15,7 @@ from mixture_torch.app import messages
 from mixture_torch.app.demo import MIXTURE, DemoConfig
 from mixture_torch.app.training import Place
 from tests.app.common import STEPS, demo
-from tests.wrapper.samples import contents
+from tests.wrapper.samples import BOMB, contents
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +65,6 @@ def test_folder_with_a_run_is_left_alone(capsys: pytest.CaptureFixture[str]) -> 
     assert contents(Path("run")) == {"mixture.csv": b"kept"}
 
 
-BOMB = "a: &a [x]\n" + "".join(  # 9^8 elements
-    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
 FILES = {
     "torn.yaml": "runtime: {mixture: [",
     "list.yaml": "[1, 2]",

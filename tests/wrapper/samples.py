@@ -96,3 +96,9 @@ def assert_says(error: BaseException, name: str, text: str) -> None:
     assert "\n" not in message
     assert message.startswith(f"`{name}` must ")
     assert text in message
+
+
+# YAML whose anchor `i` stands for 9^8 elements.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mixture_torch import MixtureRuntimeConfig, MixtureStats, activate
-from tests.wrapper.samples import assert_says, estimator
+from tests.wrapper.samples import BOMB, assert_says, estimator
 
 NAN = float("nan")
 
@@ -136,9 +136,6 @@ def test_config_prefers_the_block_under_runtime(tmp_path: Path) -> None:
     assert load(tmp_path, "runtime: {mixture: {K: 3}}\nmixture: {web: 0.5, books: 0.5}").K == 3
 
 
-BOMB = "a: &a [x]\n" + "".join(  # 9^8 elements
-    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
 HOSTILE = {
     "document": "{BOMB}K: *i",
     "runtime": "{BOMB}runtime: *i",
