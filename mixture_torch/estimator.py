@@ -146,12 +146,12 @@ class MixtureStats(View):
             RuntimeError: With `cross_rank`, the ranks are out of step, or memory ran out during an exchange. All ranks
                 raise the error of any one rank.
         """
-        if not self.enabled and not self._says_disabled:
+        if not self._config.enabled and not self._says_disabled:
             return NOTHING
         if torch.compiler.is_compiling():
             update_compiled(self._key, embeddings, labels if self._config.uses_labels else None, step)
             return NOTHING
-        if not self.enabled:
+        if not self._config.enabled:
             self._says_disabled = False
             self._journal.note("disabled", DISABLED)
             self._journal.say()
@@ -195,7 +195,7 @@ class MixtureStats(View):
                 another process writes there.
             OSError: The row could not be written and `strict` is set; the row is kept and written with the next one.
         """
-        if not self.enabled:
+        if not self._config.enabled:
             return
         stats = self._stats if stats is None else stats
         if not isinstance(stats, Mapping):
