@@ -117,3 +117,12 @@ def test_activate_refuses_what_is_no_step(step: Any) -> None:
     with pytest.raises(TypeError) as error:
         activate(estimator(), step=step)
     assert_says(error.value, "step", f"got {step!r}")
+
+
+def test_the_innermost_block_of_an_object_that_was_entered_twice_ends_first() -> None:
+    outer, inner = estimator(), estimator()
+    twice = activate(outer)
+    with twice, activate(inner):
+        with twice:
+            assert active_estimator() is outer
+        assert active_estimator() is inner
