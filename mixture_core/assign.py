@@ -63,11 +63,11 @@ def lloyd(x: Tensor, centroids: Tensor, *, iterations: int) -> tuple[Tensor, Ten
         iterations: At least 1.
 
     Returns:
-        R, (N, K), the last assignment: 1 for the row's component, a row of zeros if it is ignored. And the centroids
-        that are its means, (K, D).
+        R, (N, K), the last assignment: 1 for the row's component, a row of zeros if it is ignored. And the means of
+        that assignment, (K, D).
 
     Raises:
-        TypeError: `x` is neither tensor nor array, or complex; `iterations` is no integer.
+        TypeError: `x` is complex, or not a tensor or array; `iterations` is not an integer.
         ValueError: A shape is wrong, or `iterations` is below 1.
 
     Example:

@@ -112,7 +112,7 @@ class MixtureConfig:
         relocate: Whether `relocate` moves wasted components; it only does in `mode: ema` with k-means.
 
     Raises:
-        TypeError: A value is of the wrong type; the message names the option, what was expected and what came.
+        TypeError: A value has the wrong type; the message names the option, the expected type and the value.
         ValueError: A value is out of range; likewise.
 
     Example:
@@ -141,7 +141,7 @@ class MixtureConfig:
 
     @property
     def uses_labels(self) -> bool:
-        """Whether the responsibilities are the labels'."""
+        """Whether responsibilities come from labels."""
         return "label_supervised" in (self.assigner, self.mode)
 
     @property

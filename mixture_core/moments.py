@@ -92,8 +92,8 @@ def merge(a: Moments, b: Moments) -> Moments:
         mean = mean_a + d w_b / w
         covariance = (w_a C_a + w_b C_b) / w + d d^T w_a w_b / w^2
 
-    Commutative and associative up to rounding, and up to the mean and covariance of components of weight 0, where
-    those of `a` are kept. If one side has no weight for a component, the other side's numbers are kept to the bit.
+    Commutative and associative up to rounding, except that components of weight 0 keep the mean and
+    covariance of `a`. If one side has no weight for a component, the other side's numbers are kept to the bit.
 
     Args:
         a: Moments of the one set; leading batch dimensions are allowed.

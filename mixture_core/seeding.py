@@ -23,7 +23,8 @@ def kmeans_plusplus(x: Tensor, K: int, *, generator: torch.Generator) -> Tensor:
         generator: Source of randomness. One number is drawn from it; the same rows are chosen on every device.
 
     Raises:
-        TypeError: `x` is neither tensor nor array, or complex; `K` is no integer; `generator` is no torch.Generator.
+        TypeError: `x` is complex, or not a tensor or array; `K` is not an integer; `generator` is not a
+            torch.Generator.
         ValueError: The shape is wrong, or `K` is below 1.
 
     Example:

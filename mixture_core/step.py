@@ -44,7 +44,7 @@ def init(
 ) -> MixtureState:
     """Returns the state before the first step: all weights 0, and centroids from greedy k-means++ on the usable rows.
 
-    With labels nothing is seeded: means are 0 until a label comes.
+    With labels nothing is seeded: a mean is 0 until its label appears.
 
     Args:
         config: The options.

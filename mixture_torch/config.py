@@ -96,7 +96,7 @@ class MixtureRuntimeConfig(MixtureConfig):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureRuntimeConfig":
-        """Returns the configuration in a YAML file; see `from_mapping` for where the options may stand.
+        """Returns the configuration in a YAML file; see `from_mapping` for where the options may go.
 
         Args:
             path: The file.

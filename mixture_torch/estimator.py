@@ -31,7 +31,7 @@ class MixtureStats(View):
     """Keeps a Gaussian mixture of the embeddings that it is given, and writes one row about it per step.
 
     It computes in float32, without gradients, outside autocast, and from its own random numbers, so that training is
-    bit for bit the same with it and without it. Greedy k-means++ chooses the first means once 4 K usable rows have
+    bit for bit the same with or without it. Greedy k-means++ chooses the first means once 4 K usable rows have
     been seen; until then, each step's statistics cover all rows so far.
 
     Args:
@@ -136,7 +136,7 @@ class MixtureStats(View):
                 with NaN or Inf are ignored and counted.
             labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come
                 from labels.
-            step: The training step, a number or a text. Calls with the same step belong to one batch, as in gradient
+            step: The training step, a number or string. Calls with the same step belong to one batch, as in gradient
                 accumulation: earlier samples decay only once. None means the step of the surrounding `activate`;
                 without one, each call is a step.
 

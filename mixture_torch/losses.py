@@ -13,9 +13,9 @@ from mixture_torch.context import ACTIVE, active_estimator, update_compiled
 
 
 class NTXentLoss(nn.Module):
-    """The normalised temperature-scaled cross entropy of SimCLR, which also updates the active estimator.
+    """The normalized temperature-scaled cross entropy of SimCLR, which also updates the active estimator.
 
-    With z the 2N rows of cat([z1, z2]), each L2-normalised, and j(i) the other view of the sample of row i:
+    With z the 2N rows of cat([z1, z2]), each L2-normalized, and j(i) the other view of the sample of row i:
 
         loss = mean_i -log( exp(z_i . z_j(i) / temperature) / sum_{k != i} exp(z_i . z_k / temperature) )
 
@@ -47,7 +47,7 @@ class NTXentLoss(nn.Module):
         """Returns the loss, ().
 
         Args:
-            z1: (N, D) embeddings of one view, N at least 1; need not be normalised.
+            z1: (N, D) embeddings of one view, N at least 1; need not be normalized.
             z2: (N, D) embeddings of the other view of the same samples.
             labels: (N,) integers for the active estimator; the loss does not use them.
 

@@ -100,13 +100,13 @@ class View:
             return mixture_core.assign(to_device(state, x.device), x, labels)
 
     def state_dict(self, *, dim: int | None = None) -> dict[str, Tensor | int | str]:
-        """Returns everything that a resumed run needs as tensors, ints and strings, always under the same keys.
+        """Returns all that a resumed run needs, as tensors, ints and strings, always under the same keys.
 
         `torch.load` reads it with its safe defaults. `torch.distributed.checkpoint` loads in place and needs the final
         shapes: give `dim` if it loads into an estimator that has had no update.
 
         Args:
-            dim: D, for the shapes before the first update; None is the estimator's `dim`, or 0 without one.
+            dim: D, for the shapes before the first update; None means the estimator's `dim`, or 0 if unset.
         """
         with full_float32(None):
             return to_state_dict(self._config.core, self._mixture.progress, dim=dim or self._config.dim)

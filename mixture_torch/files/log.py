@@ -120,7 +120,7 @@ class LogFile(GrowingFile):
 def read_log(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
     """Returns `mixture.csv` as one array per column, with one element per logged step.
 
-    A last row without a line end, as a crash leaves it, is left out. Reading changes no file and may be done while the
+    A last row without a newline, as after a crash, is left out. Reading changes no file and may be done while the
     run still writes.
 
     Args:

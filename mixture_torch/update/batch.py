@@ -1,7 +1,6 @@
 """Checks the arguments of `update` and makes one float32 batch of them, of this rank or of all ranks."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,16 @@ from torch import Tensor
 
 from mixture_core.inputs import as_embeddings, as_labels
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.update.ranks import HEADER, Entries, Entry, Ranks, local_rows, text_of
+from mixture_torch.update.ranks import (
+    HEADER,
+    Entries,
+    Entry,
+    Ranks,
+    is_out_of_memory,
+    local_rows,
+    text_of,
+    together,
+)
 
 IGNORED_LABELS = (-1, -100)
 FINE = -1  # value of a doubt if nothing is wrong
@@ -152,22 +160,6 @@ def _refuse_rank(rank: int, at: str) -> None:
 
 def _raise(error: Exception, _: int, __: str) -> None:
     raise error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error means that memory ran out; on a CPU, torch has no class for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text_of(error)
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Turns out-of-memory errors inside the block into RuntimeErrors, because no rank can leave an exchange midway."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):  # a rank that skipped the batch would mistake the next message of the others
-            raise RuntimeError("`update` ran out of memory in the middle of an exchange with other ranks.") from error
-        raise
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:

@@ -12,11 +12,11 @@ from mixture_core.sharded import Total, advance_share
 from mixture_core.step import advance
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.update.arrivals import Report
-from mixture_torch.update.batch import Batch, exchange, ignored, is_out_of_memory, receive, together
+from mixture_torch.update.batch import Batch, exchange, ignored, receive
 from mixture_torch.update.checkpoint import LowerState, Progress, to_device
 from mixture_torch.update.cuda_graphs import Graphs
 from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
-from mixture_torch.update.ranks import digest, other_ranks, text_of
+from mixture_torch.update.ranks import digest, is_out_of_memory, other_ranks, text_of, together
 from mixture_torch.update.seeding import FirstWindow, seed, size_note
 from mixture_torch.update.stats import Memory, Rows, Source, StepStats
 

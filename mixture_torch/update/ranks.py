@@ -3,6 +3,8 @@
 import os
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -165,6 +167,22 @@ def other_ranks(group: Any = None, *, was_together: bool) -> Ranks | None:
             "state_dict into an estimator without it."
         )
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that memory ran out; on a CPU, torch has no class for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text_of(error)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Turns out-of-memory errors inside the block into RuntimeErrors, because no rank can leave an exchange midway."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):  # a rank that skipped the batch would mistake the next message of the others
+            raise RuntimeError("`update` ran out of memory in the middle of an exchange with other ranks.") from error
+        raise
 
 
 def text_of(error: object) -> str:
