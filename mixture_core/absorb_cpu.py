@@ -17,6 +17,8 @@ Lower: TypeAlias = Tensor
 # 256 rows took 0.76 to 0.88 and 0.68 to 0.65 of the whole product's time (AMD EPYC, one thread); fewer blocks are fewer
 # calls.
 BLOCK = 128
+# BLAS adds the products for so few columns one by one to the old covariance, which loses the digits of small ones.
+NARROW = 16
 LARGE = 65_536  # numbers in a component's rows: with more, a call per component costs less than a copy of all rows
 
 
@@ -155,14 +157,19 @@ def _subtract(means: Tensor, rows: Tensor, groups: Sequence[Tensor], component: 
 def _add_products(covariance: Tensor, rows: Tensor, *, old: float, new: float, out: Tensor) -> None:
     """Writes old * covariance + new * rows^T rows, (D, D), at least in its lower triangle."""
     D = rows.shape[1]
-    if D == 1:  # BLAS would add the squares one by one to a sum that is already large
-        torch.mul(covariance, old, out=out).add_(rows.square().sum(), alpha=new)
-        return
     if D <= BLOCK:
-        torch.addmm(covariance, rows.mT, rows, beta=old, alpha=new, out=out)
+        _add_product(covariance, rows, rows, old=old, new=new, out=out)
         return
     for start in range(0, D, BLOCK):
         size = min(BLOCK, D - start)
-        left, right = rows.narrow(1, start, size).mT, rows.narrow(1, 0, start + size)
         C, lower = (matrix.narrow(0, start, size).narrow(1, 0, start + size) for matrix in (covariance, out))
-        torch.addmm(C, left, right, beta=old, alpha=new, out=lower)
+        left, right = rows.narrow(1, start, size), rows.narrow(1, 0, start + size)
+        _add_product(C, left, right, old=old, new=new, out=lower)
+
+
+def _add_product(C: Tensor, left: Tensor, right: Tensor, *, old: float, new: float, out: Tensor) -> None:
+    """Writes old * C + new * left^T right to `out`."""
+    if left.shape[1] < NARROW:
+        torch.mul(C, old, out=out).add_(left.mT @ right, alpha=new)
+    else:
+        torch.addmm(C, left.mT, right, beta=old, alpha=new, out=out)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, assign, batch_moments, decay, init, lloyd, merge, step
+from mixture_core.absorb import absorb
 from mixture_core.assign import _Rows
 from tests.core.common import gaussians
 from tests.core.test_sharded import Together
@@ -101,6 +102,17 @@ def test_covariance_of_millions_of_rows_is_exact(N: int, D: int, K: int) -> None
         assert state.moments.weight[k] == len(rows)
         assert relative_error(state.moments.mean[k], rows.mean(dim=0)) <= FLOAT32
         assert relative_error(state.moments.covariance[k], rows.mT.cov(correction=0).reshape(D, D)) <= FLOAT32
+
+
+@pytest.mark.parametrize("D", [1, 8, 130])
+def test_rows_that_change_a_heavy_history_by_little_are_not_rounded_away(D: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16_384, D, generator=generator)
+    history = Moments(weight=torch.tensor([1e7]), mean=torch.zeros(1, D), covariance=torch.eye(D)[None])
+    both, _ = absorb(history, torch.zeros(1, D), x, torch.zeros(len(x), dtype=torch.int64), plain=True)
+    batch = batch_moments(x.double(), torch.ones(len(x), 1, dtype=torch.float64))
+    exact = merge(torch.utils._pytree.tree_map(Tensor.double, history), batch)
+    assert float((both.covariance - exact.covariance).abs().max()) <= FLOAT32 / 5
 
 
 # Ranks
