@@ -1,12 +1,11 @@
 """The mixture that an estimator keeps from update to update, on one rank or on several."""
 
-from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import mixture_core
+from mixture_core import Moments
 from mixture_core.relocate import move
 from mixture_core.sharded import Total, advance_share
 from mixture_core.step import advance
@@ -30,20 +29,13 @@ class Updated(NamedTuple):
     n_ignored: int  # rows of this call; 0 if only the report knows
 
 
-class Part(Enum):
-    """Whether an update begins its training step or continues it."""
-
-    FIRST = auto()  # the step begins: earlier weights decay
-    FURTHER = auto()  # more rows of the same step: nothing decays in between
-
-
 class _Outcome(NamedTuple):
     """A computed step that has not been committed."""
 
     state: LowerState
     results: Source
     before: Tensor  # (K, D, D) memory that the next step may write to
-    is_idle: bool  # no row was usable
+    is_idle: bool = False  # no row was usable
     waiting: Tensor | None = None  # (n, D) rows to seed means from, if there are too few so far
     n_relocated: Tensor | None = None  # () components moved before the step; None if no move was due
     report: Report | None = None
@@ -77,37 +69,37 @@ class Mixture:
     def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None) -> Updated | None:
         """Returns the outcome of one more batch; None if memory ran out before there were any statistics.
 
-        The same `token` as before makes this batch a further part of its training step; None is never the same.
+        The same `token` as before makes this batch a further part of its training step; None is never the same. Below,
+        `so_far` holds the statistics of the parts before it; None if it begins a step, at which earlier weights decay.
         `problem` is an error that this rank has instead of a batch, and that other ranks must be told.
         """
         if torch._C._are_functorch_transforms_active():
             with outside_transforms():
                 return self.update(unwrapped(embeddings), unwrapped(labels), token=token, problem=problem)
-        last = self._last
-        part = Part.FURTHER if last is not None and token is not None and token == self._token else Part.FIRST
+        so_far = self._last if token is not None and token == self._token else None
         updated: Updated | None = None
-        if self._replays and part is Part.FIRST and problem is None and not self._is_move_due(part):
+        if self._replays and so_far is None and problem is None and not self._is_move_due(so_far):
             updated = self._replay(embeddings)
         if updated is None:
             with full_float32(embeddings):
                 try:
-                    updated = self._update(embeddings, labels, problem, part)
+                    updated = self._update(embeddings, labels, problem, so_far)
                 except (MemoryError, RuntimeError) as error:
                     if self._config.strict or not is_out_of_memory(error):
                         raise
-                    updated = self._skip(embeddings, part, error)
+                    updated = self._skip(embeddings, so_far, error)
         if updated is None:
             return None
         self._token = token
         if not self._first_window.is_over:
-            N, is_further = updated.stats.rows.N, part is Part.FURTHER
+            N, is_further = updated.stats.rows.N, so_far is not None
             self.notes += self._first_window.add(N, is_further=is_further, may_grow=token is not None)
         return updated
 
-    def _is_move_due(self, part: Part) -> bool:
+    def _is_move_due(self, so_far: StepStats | None) -> bool:
         """Whether components may move now, before the first usable rows of a new window."""
         n_steps, window = self.progress.n_steps, self._relocation_window
-        has_begun = part is Part.FURTHER and self._is_counted
+        has_begun = so_far is not None and self._is_counted
         return window > 0 and n_steps > 0 and n_steps % window == 0 and not has_begun
 
     def _replay(self, embeddings: Any) -> Updated | None:
@@ -117,10 +109,9 @@ class Mixture:
             return None
         N, before = embeddings.shape[0], state.moments.covariance
         step = self._graphs.replay(state, embeddings, None, self._memory.lend(before, N=N))
-        outcome = step and _Outcome(step.state, step.results, before, False, report=step.report)
-        return outcome and self._commit(outcome, Part.FIRST, N)
+        return step and self._commit(_Outcome(step.state, step.results, before, report=step.report), None, N)
 
-    def _update(self, embeddings: Any, labels: Any, problem: Exception | None, part: Part) -> Updated:
+    def _update(self, embeddings: Any, labels: Any, problem: Exception | None, so_far: StepStats | None) -> Updated:
         config, (state, waiting, n_steps) = self._config, self.progress
         D = config.dim if state is None else state.moments.mean.shape[1]
 
@@ -131,26 +122,26 @@ class Mixture:
 
         ranks = other_ranks(self._group, was_together=self._was_together) if config.cross_rank else None
         if ranks is None:
-            return self._take(own(), part, None)
+            return self._take(own(), so_far, None)
         self._was_together = True
         reduces, n_waiting = config.cross_rank == "reduce", None if waiting is None else len(waiting)
-        same = self._core, reduces, config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting, part
+        same = self._core, reduces, config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting
         like = None if state is None or waiting is not None else state.moments.mean
-        batch = exchange(config, own, ranks=ranks, digest=digest(*same), like=like)
+        batch = exchange(config, own, ranks=ranks, digest=digest(*same, so_far is None), like=like)
         with together():
-            return self._take(batch, part, ranks.total if reduces else None)
+            return self._take(batch, so_far, ranks.total if reduces else None)
 
-    def _take(self, batch: Batch, part: Part, total: Total | None) -> Updated:
+    def _take(self, batch: Batch, so_far: StepStats | None, total: Total | None) -> Updated:
         """Computes the step and makes it the estimator's."""
         state, waiting, _ = self.progress
-        early = self._early if part is Part.FURTHER else []
+        early = [] if so_far is None else self._early
         if state is None or waiting is not None:
             outcome = self._seed(early, batch, total)
         else:
-            outcome = self._go_on(state, batch, part, total)
+            outcome = self._go_on(state, batch, so_far, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
             raise ValueError(f"`strict` is set, but {ignored(n_ignored, int(batch.n_rows))}.")
-        updated = self._commit(outcome, part, batch.n_rows)
+        updated = self._commit(outcome, so_far, batch.n_rows)
         self._early = []
         if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part
             labels = None if batch.labels is None else batch.labels.clone()
@@ -170,19 +161,19 @@ class Mixture:
             state, results = self._advance(state, each, True, total)  # new means have no weight to decay
         return _Outcome(state, results, before, _is_idle(results, batch.n_rows), waiting)
 
-    def _go_on(self, state: LowerState, batch: Batch, part: Part, total: Total | None) -> _Outcome:
+    def _go_on(self, state: LowerState, batch: Batch, so_far: StepStats | None, total: Total | None) -> _Outcome:
         """Computes the step from the state, after a relocation if one is due."""
         kept = to_device(state, batch.x.device)
         start, n_relocated, before = kept, None, kept.moments.covariance
-        if self._is_move_due(part):
+        if self._is_move_due(so_far):
             start, n_relocated = move(kept, lower=True)  # type: ignore[assignment]  # it keeps to lower triangles
-        if self._captures and batch.x.is_cuda and start is state and part is Part.FIRST:
+        if self._captures and batch.x.is_cuda and start is state and so_far is None:
             work = self._memory.lend(before, N=len(batch.x))
             if (step := self._graphs.step(start, batch.x, batch.labels, work)) is not None:
-                return _Outcome(step.state, step.results, before, False, n_relocated=n_relocated, report=step.report)
+                return _Outcome(step.state, step.results, before, report=step.report)
         continues: bool | Tensor = False
-        if part is Part.FURTHER and (last := self._last) is not None:  # until a row was usable, no weight has decayed
-            usable = last.rows.n_ignored + last.n_ignored < last.rows.N
+        if so_far is not None:  # until a row was usable, no weight has decayed
+            usable = so_far.rows.n_ignored + so_far.n_ignored < so_far.rows.N
             continues = usable if usable.is_cuda else bool(usable)
         new, results = self._advance(start, batch, continues, total)
         is_idle = _is_idle(results, batch.n_rows)
@@ -199,9 +190,9 @@ class Mixture:
             new, stats = advance(state, batch.x, batch.labels, continues=continues, work=work)
         else:
             new, stats = advance_share(state, batch.x, batch.labels, total=total, continues=continues, work=work)
-        return LowerState(new), _results(stats)
+        return LowerState(new), _results(stats.moments, stats.R, stats.n_ignored)
 
-    def _skip(self, embeddings: Any, part: Part, error: Exception) -> Updated | None:
+    def _skip(self, embeddings: Any, so_far: StepStats | None, error: Exception) -> Updated | None:
         """Returns the outcome of a batch without usable rows: an instrument must not end the run that it watches."""
         if not self.is_short:
             self.is_short = True
@@ -211,26 +202,22 @@ class Mixture:
             return None
         N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # another rank may be the one without memory
         weight, K = state.moments.weight, self._config.K
-        ignores_all = mixture_core.StepStats(
-            moments=state.moments,
-            R=weight.new_zeros(1, K).expand(N, K),
-            n_ignored=weight.new_full((), N, dtype=torch.int64),
-        )
-        self._early = self._early if part is Part.FURTHER else []
-        outcome = _Outcome(state, _results(ignores_all), state.moments.covariance, True, waiting)
-        return self._commit(outcome, part, N)._replace(n_ignored=0)  # the user is told of the memory instead
+        R, n_ignored = weight.new_zeros(1, K).expand(N, K), weight.new_full((), N, dtype=torch.int64)
+        self._early = [] if so_far is None else self._early
+        outcome = _Outcome(state, _results(state.moments, R, n_ignored), state.moments.covariance, True, waiting)
+        return self._commit(outcome, so_far, N)._replace(n_ignored=0)  # the user is told of the memory instead
 
-    def _commit(self, outcome: _Outcome, part: Part, n_rows: int | Tensor) -> Updated:
+    def _commit(self, outcome: _Outcome, so_far: StepStats | None, n_rows: int | Tensor) -> Updated:
         """Makes the step the estimator's, and returns its statistics for the reader."""
-        rows, last = Rows(n_rows), self._last
-        if part is Part.FURTHER and last is not None:
-            N, earlier, n_ignored = last.rows
-            rows = Rows(N + n_rows, (*earlier, last.R), n_ignored + last.n_ignored)
+        rows = Rows(n_rows)
+        if so_far is not None:
+            N, earlier, n_ignored = so_far.rows
+            rows = Rows(N + n_rows, (*earlier, so_far.R), n_ignored + so_far.n_ignored)
         stats = self._memory.hand_out(outcome.results, rows, outcome.n_relocated, before=outcome.before)
         report = outcome.report
         if report is None and outcome.state.moments.weight.is_cuda:
             report = Report.of(stats)
-        is_counted = part is Part.FURTHER and self._is_counted
+        is_counted = so_far is not None and self._is_counted
         counts = outcome.waiting is None and not outcome.is_idle and not is_counted
         self._is_counted = is_counted or counts
         self.progress, self._last = Progress(outcome.state, outcome.waiting, self.progress.n_steps + counts), stats
@@ -238,9 +225,8 @@ class Mixture:
         return Updated(stats, report, n_rows, int(outcome.results["n_ignored"]) if report is None else 0)
 
 
-def _results(stats: mixture_core.StepStats) -> Source:
-    m = stats.moments
-    return {"weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": stats.R, "n_ignored": stats.n_ignored}
+def _results(m: Moments, R: Tensor, n_ignored: Tensor) -> Source:
+    return {"weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": R, "n_ignored": n_ignored}
 
 
 def _is_idle(results: Source, n_rows: int | Tensor) -> bool:
