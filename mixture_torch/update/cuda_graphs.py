@@ -1,10 +1,9 @@
 """Steps as CUDA graphs: one launch instead of about twenty, whose launches take longer than their work."""
 
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -17,41 +16,30 @@ from mixture_torch.update.precision import full_float32
 from mixture_torch.update.stats import Source
 
 MOST = 16  # graphs at a time: two for each size of batch
-
-
-class Step(NamedTuple):
-    """The outcome of a replayed step."""
-
-    state: LowerState
-    results: Source
-    report: Report
+Replayed: TypeAlias = tuple[LowerState, Source, Report]  # the outcome of a step
 
 
 class _Results:
-    """The results of one replay, in the graph's memory until they are read or the graph runs again."""
+    """The results of one replay, in the graph's memory until one is read, as `Memory` does before that is reused."""
 
     def __init__(self, memory: Tensor, covariance: Tensor, *, N: int) -> None:
         self._memory = memory  # float32: the number of ignored rows as the halves of an int64, weight, mean, R
         self._covariance, self._N = covariance, N  # the covariance is copied elsewhere
-        self._parts: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        """Returns a result, copied from the graph's memory."""
-        return self._covariance if name == "covariance" else self.read()[name]
+        """Returns a result; all but the covariance are copied from the graph's memory at the first call for one."""
+        return self._covariance if name == "covariance" else self._copied[name]
 
-    def read(self) -> dict[str, Tensor]:
-        """Returns all results but the covariance, copied at the first call."""
-        if self._parts is None:
-            with full_float32(self._memory):
-                N, (K, D, _) = self._N, self._covariance.shape
-                count, weight, mean, R = self._memory.clone().split_with_sizes([2, K, K * D, N * K])
-            self._parts = {"weight": weight, "mean": mean.view(K, D), "R": R.view(N, K)}
-            self._parts["n_ignored"] = count.view(torch.int64)[0]
-        return self._parts
+    @cached_property
+    def _copied(self) -> dict[str, Tensor]:
+        N, (K, D, _) = self._N, self._covariance.shape
+        with full_float32(self._memory):
+            count, weight, mean, R = self._memory.clone().split_with_sizes([2, K, K * D, N * K])
+        n_ignored = count.view(torch.int64)[0]
+        return {"weight": weight, "mean": mean.view(K, D), "R": R.view(N, K), "n_ignored": n_ignored}
 
 
-@attrs.define(eq=False)
-class _Graph:
+class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     x: Tensor  # (N, D) to copy the embeddings to
     labels: Tensor | None  # (N,) to copy the labels to
@@ -59,7 +47,6 @@ class _Graph:
     results: Tensor  # as in _Results
     numbers: Tensor  # (6,) on the host, as in `numbers_of`
     arrived: torch.cuda.Event  # for the numbers
-    reader: Callable[[], _Results | None]  # weak reference to the results of the last replay
 
 
 class Graphs:
@@ -74,7 +61,7 @@ class Graphs:
         self._warm: set[int] = set()  # sizes of batch that have run without a graph, which compiled the kernels
         self._failed = False
 
-    def step(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
+    def step(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Replayed | None:
         """Returns the outcome of `advance` by a graph; None if this batch size must first run without a graph."""
         N = len(x)
         if N not in self._warm or N == 0 or self._failed or x.device.index != torch.cuda.current_device():
@@ -103,7 +90,7 @@ class Graphs:
             and not torch.is_inference_mode_enabled()  # tensors made in inference mode cannot be used outside it
         )
 
-    def replay(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Step | None:
+    def replay(self, state: LowerState, x: Tensor, labels: Tensor | None, work: Workspace) -> Replayed | None:
         """Returns the outcome of `advance` for embeddings of any floating type; None if no graph has been captured."""
         N = x.shape[0]
         graph = self._graphs.get(self._key(state, N, work))
@@ -112,14 +99,13 @@ class Graphs:
         before = self._memories[state.moments.covariance.data_ptr()]
         if state is not before:
             _copy(state, before)
-        if (reader := graph.reader()) is not None:
-            reader.read()
         graph.x.copy_(x.detach())
         if labels is not None and graph.labels is not None:
             graph.labels.copy_(labels)
         graph.graph.replay()
         graph.arrived.record(torch.cuda.current_stream(x.device))
-        return self._step(graph, N)
+        results = _Results(graph.results, graph.state.moments.covariance, N=N)
+        return graph.state, results, Report(graph.numbers, K=self._config.K, arrived=graph.arrived)
 
     @staticmethod
     def _key(state: LowerState, N: int, work: Workspace) -> tuple[int, int, int]:
@@ -153,12 +139,7 @@ class Graphs:
             count = stats.n_ignored[None].view(torch.float32)
             results = torch.cat([count, m.weight, m.mean.flatten(), stats.R.flatten()])
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has not annotated it
-        self._graphs[key] = _Graph(graph, x, labels, after, results, numbers, arrived, lambda: None)
-
-    def _step(self, graph: _Graph, N: int) -> Step:
-        results = _Results(graph.results, graph.state.moments.covariance, N=N)
-        graph.reader = weakref.ref(results)
-        return Step(graph.state, results, Report(graph.numbers, K=self._config.K, arrived=graph.arrived))
+        self._graphs[key] = _Graph(graph, x, labels, after, results, numbers, arrived)
 
 
 def _copy(source: MixtureState, target: MixtureState) -> None:

@@ -34,11 +34,11 @@ class _Outcome(NamedTuple):
 
     state: LowerState
     results: Source
+    report: Report | None  # of a replayed step
     before: Tensor  # (K, D, D) memory that the next step may write to
     is_idle: bool = False  # no row was usable
     waiting: Tensor | None = None  # (n, D) rows to seed means from, if there are too few so far
     n_relocated: Tensor | None = None  # () components moved before the step; None if no move was due
-    report: Report | None = None
 
 
 class Mixture:
@@ -108,8 +108,8 @@ class Mixture:
         if state is None or waiting is not None or not self._graphs.take(embeddings):
             return None
         N, before = embeddings.shape[0], state.moments.covariance
-        step = self._graphs.replay(state, embeddings, None, self._memory.lend(before, N=N))
-        return step and self._commit(_Outcome(step.state, step.results, before, report=step.report), None, N)
+        replayed = self._graphs.replay(state, embeddings, None, self._memory.lend(before, N=N))
+        return replayed and self._commit(_Outcome(*replayed, before), None, N)
 
     def _update(self, embeddings: Any, labels: Any, problem: Exception | None, so_far: StepStats | None) -> Updated:
         config, (state, waiting, n_steps) = self._config, self.progress
@@ -159,7 +159,7 @@ class Mixture:
         before, is_anew = state.moments.covariance, waiting is None or waiting is not progress.waiting
         for each in (*early, batch) if is_anew else (batch,):
             state, results = self._advance(state, each, True, total)  # new means have no weight to decay
-        return _Outcome(state, results, before, _is_idle(results, batch.n_rows), waiting)
+        return _Outcome(state, results, None, before, _is_idle(results, batch.n_rows), waiting)
 
     def _go_on(self, state: LowerState, batch: Batch, so_far: StepStats | None, total: Total | None) -> _Outcome:
         """Computes the step from the state, after a relocation if one is due."""
@@ -169,8 +169,8 @@ class Mixture:
             start, n_relocated = move(kept, lower=True)  # type: ignore[assignment]  # it keeps to lower triangles
         if self._captures and batch.x.is_cuda and start is state and so_far is None:
             work = self._memory.lend(before, N=len(batch.x))
-            if (step := self._graphs.step(start, batch.x, batch.labels, work)) is not None:
-                return _Outcome(step.state, step.results, before, report=step.report)
+            if (replayed := self._graphs.step(start, batch.x, batch.labels, work)) is not None:
+                return _Outcome(*replayed, before)
         continues: bool | Tensor = False
         if so_far is not None:  # until a row was usable, no weight has decayed
             usable = so_far.rows.n_ignored + so_far.n_ignored < so_far.rows.N
@@ -180,7 +180,7 @@ class Mixture:
         if is_idle and start is not kept:  # a step without a usable row leaves the state: undo the move
             n_relocated = None
             new, results = self._advance(kept, batch, continues, total)
-        return _Outcome(new, results, before, is_idle, n_relocated=n_relocated)
+        return _Outcome(new, results, None, before, is_idle, n_relocated=n_relocated)
 
     def _advance(
         self, state: LowerState, batch: Batch, continues: bool | Tensor, total: Total | None
@@ -204,7 +204,7 @@ class Mixture:
         weight, K = state.moments.weight, self._config.K
         R, n_ignored = weight.new_zeros(1, K).expand(N, K), weight.new_full((), N, dtype=torch.int64)
         self._early = [] if so_far is None else self._early
-        outcome = _Outcome(state, _results(state.moments, R, n_ignored), state.moments.covariance, True, waiting)
+        outcome = _Outcome(state, _results(state.moments, R, n_ignored), None, state.moments.covariance, True, waiting)
         return self._commit(outcome, so_far, N)._replace(n_ignored=0)  # the user is told of the memory instead
 
     def _commit(self, outcome: _Outcome, so_far: StepStats | None, n_rows: int | Tensor) -> Updated:

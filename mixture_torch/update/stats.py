@@ -172,7 +172,6 @@ class Memory:
     def __init__(self) -> None:
         self._spare: Tensor | None = None
         self._rows: Tensor | None = None
-        self._n_rows = -1  # that `_rows` has been checked for
         self._readers: list[tuple[Tensor, weakref.ref[ExactMoments]]] = []  # who may yet read each memory
 
     def lend(self, like: Tensor, *, N: int) -> Workspace:
@@ -180,20 +179,13 @@ class Memory:
         spare = self._spare
         if spare is None or spare is like or spare.shape != like.shape or spare.device != like.device:
             spare = torch.empty_like(like)
-        others = []
         for memory, reader in self._readers:
-            if memory is not spare:
-                others.append((memory, reader))
-            elif (moments := reader()) is not None:
-                moments.covariance  # noqa: B018  # makes the copy
-        self._readers = others
-        if self._n_rows != N or self._rows is None or self._rows.device != like.device:
-            length, rows = Workspace.length(like, N=N), self._rows
-            if rows is None or rows.device != like.device or not length <= rows.shape[1] <= SLACK * length:
-                self._rows = Workspace.rows_for(like, N=N)
-            self._n_rows = N
-        assert self._rows is not None
-        return Workspace(spare, self._rows)
+            if memory is spare and (moments := reader()) is not None:
+                moments.weight, moments.covariance  # noqa: B018  # copies them, and all results of a replayed step
+        length, rows = Workspace.length(like, N=N), self._rows
+        if rows is None or rows.device != like.device or not length <= rows.shape[1] <= SLACK * length:
+            rows = self._rows = Workspace.rows_for(like, N=N)
+        return Workspace(spare, rows)
 
     def hand_out(self, source: Source, rows: Rows, n_relocated: Tensor | None, *, before: Tensor) -> StepStats:
         """Returns the statistics for their reader; the next step may write to the memory of `before`."""
