@@ -40,7 +40,7 @@ class Report:
 
     def doubt(self, doubts: Iterable[Doubt]) -> None:
         """Adds what may be wrong with the batch."""
-        self.doubts += [Doubt(self.send(value), refuse) for value, refuse in doubts]
+        self.doubts += [Doubt(self.send(value), error) for value, error in doubts]
 
     def send(self, tensor: Tensor) -> Tensor:
         """Returns a copy on the host, which is complete when the report is here."""

@@ -9,16 +9,7 @@ from torch import Tensor
 
 from mixture_core.inputs import as_embeddings, as_labels
 from mixture_torch.config import MixtureRuntimeConfig
-from mixture_torch.update.ranks import (
-    HEADER,
-    Entries,
-    Entry,
-    Ranks,
-    is_out_of_memory,
-    local_rows,
-    text_of,
-    together,
-)
+from mixture_torch.update.ranks import HEADER, Entries, Ranks, is_out_of_memory, local_rows, text_of, together
 
 IGNORED_LABELS = (-1, -100)
 FINE = -1  # value of a doubt if nothing is wrong
@@ -28,7 +19,7 @@ class Doubt(NamedTuple):
     """A possible fault of a batch on a GPU, which the host will check later without waiting."""
 
     value: Tensor  # () int64, FINE if nothing is wrong
-    refuse: Callable[[int, str], None]  # raises, given the value and the step (" at step 3", or "" if it is this one)
+    error: Callable[[int, str], Exception]  # of the value and the step (" at step 3", or "" if it is this one)
 
 
 class Batch(NamedTuple):
@@ -57,7 +48,7 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
         return Batch(x, None, x.shape[0], x)
     _refuse_without_values("labels", labels)
     labels, wrong = _receive_labels(labels, x, config.K)
-    doubt = Doubt(wrong, partial(_refuse_label, config.K))
+    doubt = Doubt(wrong, partial(_label_error, config.K))
     if x.is_cuda:
         return Batch(x, labels, len(x), x, (doubt,))
     settle(doubt)
@@ -89,10 +80,9 @@ def exchange(
                 settle(doubt)
     except Exception as error:  # any: the other ranks are waiting
         fault = MemoryError(text_of(error)) if is_out_of_memory(error) else error
-        nothing = torch.zeros(0, 1) if like is None else like[:0]
-        batch = Batch(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device), 0, nothing)
-    N, D = batch.x.shape
-    entries = ranks.enter(Entry(N, D, digest, waits, fault), [doubt.value for doubt in batch.doubts if not waits])
+        batch = _without_rows(torch.zeros(0, 1) if like is None else like[:0])
+    doubts = [] if waits else [doubt.value for doubt in batch.doubts]
+    entries = ranks.enter(fault is not None, *batch.x.shape, digest, waits, doubts=doubts)
     if not waits:
         return _unseen(batch, entries, fault)
     try:
@@ -102,8 +92,7 @@ def exchange(
         others = entries.D[(entries.waits == 0) & (entries.header == HEADER)]
         if not len(others):
             raise
-        nothing = batch.x.new_zeros(0, int(others[0]))
-        return _unseen(Batch(nothing, None if batch.labels is None else batch.labels[:0], 0, nothing), entries, error)
+        return _unseen(_without_rows(batch.x.new_zeros(0, int(others[0]))), entries, error)
     with together():
         if reduces:
             everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
@@ -112,19 +101,23 @@ def exchange(
         return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
 
 
+def _without_rows(x: Tensor) -> Batch:
+    return Batch(x, torch.zeros(0, dtype=torch.int64, device=x.device), 0, x)
+
+
 def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
     """Returns this rank's share of a batch; if the entry of any rank is wrong, no row of any rank counts."""
     wrong = (entries.header != HEADER) | (entries.has_fault > 0) | (entries.digest != entries.digest[0])
     odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
     x = torch.where(wrong.any(), torch.nan, batch.x)
-    own = batch.doubts if fault is None else (Doubt(odd, partial(_raise, fault)),)
-    return Batch(x, batch.labels, entries.N.sum(), x, (*own, Doubt(odd, _refuse_rank)))
+    own = batch.doubts if fault is None else (Doubt(odd, lambda *_: fault),)
+    return Batch(x, batch.labels, entries.N.sum(), x, (*own, Doubt(odd, _rank_error)))
 
 
 def settle(doubt: Doubt, *, at: str = "") -> None:
     """Raises the error of a doubt if its value, which must have arrived, confirms it; `at` may be " at step 3"."""
     if (value := int(doubt.value)) != FINE:
-        doubt.refuse(value, at)
+        raise doubt.error(value, at)
 
 
 def ignored(count: int, N: int, at: str = "") -> str:
@@ -150,16 +143,12 @@ def _is_fake(value: Any) -> bool:
     return type(value) is not Tensor and hasattr(value, "fake_mode")
 
 
-def _refuse_label(K: int, label: int, at: str) -> None:
-    raise ValueError(f"`labels` must be in [0, {K}), or -1 or -100 for a row to ignore, got {label}{at}.")
+def _label_error(K: int, label: int, at: str) -> ValueError:
+    return ValueError(f"`labels` must be in [0, {K}), or -1 or -100 for a row to ignore, got {label}{at}.")
 
 
-def _refuse_rank(rank: int, at: str) -> None:
-    raise ValueError(f"Rank {rank} refused its batch{at}, or its options or updates differ; see its own error.")
-
-
-def _raise(error: Exception, _: int, __: str) -> None:
-    raise error
+def _rank_error(rank: int, at: str) -> ValueError:
+    return ValueError(f"Rank {rank} refused its batch{at}, or its options or updates differ; see its own error.")
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:

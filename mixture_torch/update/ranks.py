@@ -13,29 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 HEADER = 0x6D697874757265  # first word of each entry; another value means that a rank is in another collective
-MESSAGE = 1000  # bytes of an error message that other ranks are sent
 ERRORS = (ValueError, TypeError, MemoryError, OSError, Exception)
 
 
-class Entry(NamedTuple):
-    """What each rank sends to all others before an update, whether its batch is usable or not."""
-
-    N: int
-    D: int
-    digest: int  # of what must be the same on all ranks
-    waits: bool  # whether this rank waits for the entries of the others
-    fault: Exception | None = None
-
-
 class Entries(NamedTuple):
-    """The entries of all ranks, each column (W,) int64."""
+    """What all ranks send each other before an update, whether their batches are usable or not: (W,) int64 each."""
 
     header: Tensor
     has_fault: Tensor
     N: Tensor
     D: Tensor
-    digest: Tensor
-    waits: Tensor
+    digest: Tensor  # of what must be the same on all ranks
+    waits: Tensor  # whether a rank waits for the entries of the others
 
 
 class Ranks:
@@ -66,13 +55,13 @@ class Ranks:
         """Whether collectives run on the GPU, so that the host need not wait for them."""
         return self.device.type != "cpu"
 
-    def enter(self, entry: Entry, doubts: list[Tensor]) -> Entries:
+    def enter(self, *entry: int, doubts: list[Tensor]) -> Entries:
         """Returns the entries of all ranks; the host does not wait for a GPU.
 
-        A doubt, () int64, is at least 0 if this rank has a fault that the host has not seen yet.
+        `entry` is that of this rank, without the header. A doubt, () int64, is at least 0 if this rank has a fault that
+        the host has not seen yet.
         """
-        values = [HEADER, entry.fault is not None, entry.N, entry.D, entry.digest, entry.waits]
-        own = torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+        own = torch.tensor([HEADER, *entry], dtype=torch.int64).to(self.device, non_blocking=True)
         for doubt in doubts:
             own[1] += doubt >= 0
         return Entries(*torch.stack(self._gather(own)).unbind(dim=1))
@@ -125,13 +114,12 @@ class Ranks:
         return whole.to(tensor.device)
 
     def _error_of(self, odd: int, fault: Exception | None) -> Exception:
-        """Returns one rank's error for all ranks to raise; its class and message are sent as bytes."""
-        kind = next(n for n, error in enumerate(ERRORS) if fault is None or isinstance(fault, error))
-        own = bytes([kind]) + text_of(fault).encode(errors="replace")[:MESSAGE]
-        padded = torch.tensor(list(own.ljust(1 + MESSAGE, b"\0")), dtype=torch.uint8)
-        kind, *text = self._gather(padded.to(self.device))[odd].tolist()
-        message = bytes(text).rstrip(b"\0").decode(errors="replace").rstrip(".")
-        return ERRORS[kind](f"{message}, on rank {odd}.")
+        """Returns one rank's error for all ranks to raise; its own class and message may exist on that rank alone."""
+        kind = next(error for error in ERRORS if fault is None or isinstance(fault, error))
+        of_all = [(kind, "")] * self.world
+        dist.all_gather_object(of_all, (kind, text_of(fault)), group=self._group)
+        kind, text = of_all[odd]
+        return kind(f"{text.rstrip('.')}, on rank {odd}.")
 
 
 def is_main_rank(group: Any = None) -> bool:
