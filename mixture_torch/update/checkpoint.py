@@ -113,37 +113,32 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     for key in ("K", "mode", "assigner") if old else ("version", "K", "mode", "assigner"):
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
             raise _differs(key, state_dict[key], wanted[key])
-    K, rows = config.K, SEEDING_ROWS * config.K
-    came = _count(state_dict, "D", at_most=None)
+    K, rows, came = config.K, SEEDING_ROWS * config.K, _count(state_dict, "D")
     updated, started = _count(state_dict, "updated", at_most=1), _count(state_dict, "started", at_most=1)
-    n_waiting = _count(state_dict, "n_waiting", at_most=rows - 1)
+    n_waiting, n_steps = _count(state_dict, "n_waiting", at_most=rows - 1), 0 if old else _count(state_dict, "n_steps")
     if D is not None and came != D and (updated or came):
         raise _differs("D", came, D)
-    weight, mean = _tensor(state_dict, "weight", K), _tensor(state_dict, "mean", K, came)
-    waiting = _tensor(state_dict, "waiting", rows, came)
-    if old:
-        covariance, residual, n_steps = _tensor(state_dict, "covariance", K, came, came), torch.zeros_like(mean), 0
-        expected = _checksum_2(weight, mean, covariance)
-    else:
-        packed = _tensor(state_dict, "covariance", K, came * (came + 1) // 2)
-        covariance = unpack_(packed, packed.new_zeros(K, came, came))
-        residual, n_steps = _tensor(state_dict, "residual", K, came), _count(state_dict, "n_steps", at_most=None)
-        expected = checksum(state_dict)
-    if _count(state_dict, "checksum", at_most=None) != expected:
+    shapes = {"weight": (K,), "mean": (K, came), "residual": (K, came), "waiting": (rows, came)}
+    shapes["covariance"] = (K, came, came) if old else (K, came * (came + 1) // 2)
+    tensors = {key: _tensor(state_dict, key, *shape) for key, shape in shapes.items() if key in state_dict}
+    if _count(state_dict, "checksum") != (_checksum_2(tensors) if old else checksum(state_dict)):
         raise ValueError(
             "The state_dict mixes the values of several mixtures; if each rank has a mixture of its own, save each "
             "under its own key."
         )
-    tensors = {"weight": weight, "mean": mean, "residual": residual, "covariance": covariance, "waiting": waiting}
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"`{bad[0]}` of the state_dict has NaN or infinite entries; load another checkpoint.")
+    weight, mean, covariance, waiting = (tensors[key] for key in ("weight", "mean", "covariance", "waiting"))
     if weight.min() < 0:
         raise ValueError(f"The state_dict has a negative weight, {float(weight.min()):g}; load another checkpoint.")
     if not updated:
         return Progress()
     if not came:
         raise ValueError("The state_dict has D=0 after an update; load another checkpoint.")
+    if not old:
+        covariance = unpack_(covariance, covariance.new_zeros(K, came, came))
     moments = Moments(weight=weight, mean=mean, covariance=covariance)
+    residual = tensors.get("residual", torch.zeros_like(mean))
     state = LowerState(MixtureState(config=config, moments=moments, residual=residual))
     return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps)
 
@@ -152,13 +147,13 @@ def _differs(key: str, came: object, own: object) -> ValueError:
     return ValueError(f"The state_dict has {key}={shown(came)}, but this estimator has {key}={own!r}.")
 
 
-def _checksum_2(weight: Tensor, mean: Tensor, covariance: Tensor) -> int:
+def _checksum_2(tensors: Mapping[str, Tensor]) -> int:
     """The checksum as version 2 computed it."""
-    parts = weight, mean, covariance.diagonal(dim1=-2, dim2=-1)
+    parts = tensors["weight"], tensors["mean"], tensors["covariance"].diagonal(dim1=-2, dim2=-1)
     return zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
 
 
-def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None) -> int:
+def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None = None) -> int:
     value = state_dict[key]
     if type(value) is not int or value < 0 or (at_most is not None and value > at_most):
         expected = "an int from 0 on" if at_most is None else f"an int from 0 to {at_most}"
@@ -169,8 +164,9 @@ def _count(state_dict: Mapping[str, Any], key: str, *, at_most: int | None) -> i
 def _tensor(state_dict: Mapping[str, Any], key: str, *shape: int) -> Tensor:
     """A copy of a tensor of the state_dict as float32."""
     tensor = state_dict[key]
-    usable = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-    if not isinstance(tensor, Tensor) or not (usable and tensor.is_floating_point() and tuple(tensor.shape) == shape):
+    is_real = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
+    if not is_real or tensor.is_meta or tuple(tensor.shape) != shape:
         came = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else shown(tensor)
         raise ValueError(f"`{key}` of the state_dict is {came} instead of a dense real tensor of shape {shape}.")
-    return tensor.detach().to(torch.float32, copy=True)
+    copied: Tensor = tensor.detach().to(torch.float32, copy=True)
+    return copied
