@@ -4,6 +4,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,18 +26,13 @@ class Report:
         self.K = K
         self.step: int | None = None  # as which it was logged last
         self.doubts: list[Doubt] = []
-        self._numbers = numbers  # (6,) as in `numbers_of`, on the host or on the way there
         self._arrived = arrived  # recorded when all that is on the way has been sent; None if nothing is
-        self._values: list[float] = []
+        self._numbers = self.send(numbers)  # (6,) as in `numbers_of`
 
     @classmethod
     def of(cls, stats: Mapping[str, Tensor]) -> "Report":
         """Returns the report of what an update returned, on its way."""
-        numbers = numbers_of(stats)
-        K = len(stats.moments.weight if isinstance(stats, StepStats) else stats["pi"])
-        report = cls(numbers, K=K)
-        report._numbers = report.send(numbers)
-        return report
+        return cls(numbers_of(stats), K=len(stats.moments.weight if isinstance(stats, StepStats) else stats["pi"]))
 
     def doubt(self, doubts: Iterable[Doubt]) -> None:
         """Adds what may be wrong with the batch."""
@@ -62,22 +58,22 @@ class Report:
     @property
     def figures(self) -> list[float]:
         """pi_min, pi_max, trace_B and opnorm_B; nan if no row of the step was usable."""
-        return [float("nan")] * 4 if self.n_ignored == self.N else self._read()[:4]
+        return [float("nan")] * 4 if self.n_ignored == self.N else self._values[:4]
 
     @property
     def n_ignored(self) -> int:
         """How many rows of the step were ignored."""
-        return int(self._read()[4])
+        return int(self._values[4])
 
     @property
     def N(self) -> int:
         """How many rows the step had."""
-        return int(self._read()[5])
+        return int(self._values[5])
 
-    def _read(self) -> list[float]:
-        if not self._values:
-            self._values = self._numbers.tolist()
-        return self._values
+    @cached_property
+    def _values(self) -> list[float]:
+        values: list[float] = self._numbers.tolist()
+        return values
 
 
 class Arrivals(Generic[T]):
