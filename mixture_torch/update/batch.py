@@ -127,20 +127,13 @@ def ignored(count: int, N: int, at: str = "") -> str:
 
 def _refuse_without_values(name: str, value: Any) -> None:
     """Refuses tensors of vmap and of fake tensor modes, which would put no numbers, or too many, into the state."""
+    kind = ""
     if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
         kind = "a batched one; call it outside of torch.func.vmap"
-    elif _is_fake(value):
-        kind = "a fake one; call it outside of FakeTensorMode"
-    else:
-        return
-    raise TypeError(f"`{name}` must be a tensor that holds the numbers of one batch in `update`, got {kind}.")
-
-
-def _is_fake(value: Any) -> bool:
-    # torch has no public way to ask for the modes; the class itself is slow to import
-    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
-        return True
-    return type(value) is not Tensor and hasattr(value, "fake_mode")
+    elif torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) or hasattr(value, "fake_mode"):
+        kind = "a fake one; call it outside of FakeTensorMode"  # the class of fake tensors is slow to import
+    if kind:
+        raise TypeError(f"`{name}` must be a tensor that holds the numbers of one batch in `update`, got {kind}.")
 
 
 def _label_error(K: int, label: int, at: str) -> ValueError:
