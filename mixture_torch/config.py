@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +24,9 @@ MOST_SHOWN = 10  # unknown keys in one error message
 
 def _from_text(value: Any) -> Any:
     """Returns a number that PyYAML read as text, such as 1e-3, as a number, and any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    for parse in (int, float):
-        try:
+    for parse in (int, float) if isinstance(value, str) else ():
+        with suppress(ValueError):
             return parse(value)
-        except ValueError:
-            continue
     return value
 
 

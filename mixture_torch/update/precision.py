@@ -1,7 +1,7 @@
 """Contexts for full float32 and for waiting for a GPU, whatever torch's settings are."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,13 +46,11 @@ def full_float32(beside: object) -> Iterator[None]:
                         matmul.fp32_precision = precision
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
+def outside_transforms() -> AbstractContextManager[Any]:
     """Suspends torch.func transforms inside the block; updates have no derivatives."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # not public
 
-    with temporarily_clear_interpreter_stack():
-        yield
+    return temporarily_clear_interpreter_stack()
 
 
 def unwrapped(value: Any) -> Any:

@@ -49,8 +49,6 @@ class FirstWindow:
         if is_further:
             self._sizes.pop()
         self._sizes.append(N)
-        if len(self._sizes) < self._window:
-            return []
         whole = [N for N in (self._sizes[:-1] if may_grow else self._sizes) if isinstance(N, Tensor) or N > 0]
         if len(whole) < self._window:
             return []
