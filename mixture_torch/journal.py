@@ -15,10 +15,7 @@ from mixture_torch.update.precision import full_float32
 class Journal:
     """Takes rows and checks from the device to the files and to the user.
 
-    Args:
-        owner: The estimator; when it is collected, its rows are written.
-        recorder: Writes rows.
-        notes: Warnings that the user has not been given yet.
+    When `owner` is collected, its rows are written. `notes` are warnings that the user has not been given yet.
     """
 
     def __init__(self, owner: object, recorder: Recorder, notes: list[str]) -> None:

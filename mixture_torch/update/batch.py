@@ -37,10 +37,6 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
 
     The host does not wait to see labels on a GPU. If one is wrong, all labels of the batch become -1, so that the step
     changes nothing, and the batch carries a doubt. `D` is the width to insist on, None before the first batch.
-
-    Raises:
-        TypeError: An argument is of the wrong type, or has no values.
-        ValueError: A shape or a label is wrong.
     """
     _refuse_without_values("embeddings", embeddings)
     x = as_plain_embeddings(embeddings, D=D)
@@ -64,11 +60,6 @@ def exchange(
     that reduce on GPUs do not wait for one another: if a batch is not usable, they go on to a step that changes nothing
     on any rank, and the batch carries a doubt. `own` returns this rank's batch or raises, `digest` is of what must be
     the same on all ranks, and `like` holds the means of the state, (K, D), or None if means have to be seeded.
-
-    Raises:
-        Exception: As `own` does, here or on another rank.
-        ValueError: Ranks differ in D, options or state.
-        RuntimeError: A rank is not in `update`.
     """
     reduces = config.cross_rank == "reduce"
     waits = not reduces or like is None or not ranks.on_gpu or config.strict
@@ -145,12 +136,7 @@ def _rank_error(rank: int, at: str) -> ValueError:
 
 
 def as_plain_embeddings(embeddings: Any, *, D: int | None = None) -> Tensor:
-    """Returns this rank's embeddings as a plain (N, D) float32 tensor, whatever subclass of Tensor they are.
-
-    Raises:
-        TypeError: It is neither a tensor nor an array, or not of real numbers.
-        ValueError: The shape is not (N, D).
-    """
+    """Returns this rank's embeddings as a plain (N, D) float32 tensor, whatever subclass of Tensor they are."""
     if type(embeddings) is not Tensor:
         embeddings = local_rows(embeddings)
     x = as_embeddings(embeddings, D=D).to(torch.float32)

@@ -96,12 +96,7 @@ def checksum(values: Mapping[str, Any]) -> int:
 
 
 def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: int | None) -> Progress:
-    """Returns a copy of the progress that `to_state_dict` was given; `D` is the width to insist on, None any.
-
-    Raises:
-        TypeError: It is not a mapping.
-        ValueError: It is from another kind of estimator, incomplete or damaged.
-    """
+    """Returns a copy of the progress that `to_state_dict` was given; `D` is the width to insist on, None any."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
     wanted = to_state_dict(config, Progress(), dim=None)

@@ -28,14 +28,7 @@ class Entries(NamedTuple):
 
 
 class Ranks:
-    """The ranks of a process group, which all make the same calls in the same order.
-
-    Args:
-        group: None is the default group.
-
-    Raises:
-        ValueError: This process is not in the group.
-    """
+    """The ranks of a process group, which all make the same calls in the same order; None is the default group."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -67,13 +60,7 @@ class Ranks:
         return Entries(*torch.stack(self._gather(own)).unbind(dim=1))
 
     def settle(self, entries: Entries, fault: Exception | None) -> list[int]:
-        """Returns the size of each rank's batch if all ranks can go on to exchange them; waits for a GPU.
-
-        Raises:
-            Exception: A rank has a fault, which is raised on every rank.
-            ValueError: Ranks differ in D, in options or in state; on every rank.
-            RuntimeError: A rank is not in `update`, but in another collective.
-        """
+        """Returns the size of each rank's batch, or raises the same error on every rank; waits for a GPU."""
         headers, faults, sizes, widths, digests, _ = (column.tolist() for column in entries)
         if (rank := next((rank for rank, header in enumerate(headers) if header != HEADER), None)) is not None:
             raise RuntimeError(
@@ -123,11 +110,7 @@ class Ranks:
 
 
 def is_main_rank(group: Any = None) -> bool:
-    """Returns whether this process is rank 0: of the process group, or by the variable RANK before there is a group.
-
-    Raises:
-        ValueError: RANK is not an integer.
-    """
+    """Returns whether this process is rank 0: of the process group, or by the variable RANK before there is a group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group) == 0
     rank = os.environ.get("RANK") or "0"
@@ -140,12 +123,7 @@ def is_main_rank(group: Any = None) -> bool:
 
 
 def other_ranks(group: Any = None, *, was_together: bool) -> Ranks | None:
-    """Returns the ranks to exchange with, None if this process is alone; `was_together`: it was not alone before.
-
-    Raises:
-        ValueError: This process is not in the group.
-        RuntimeError: The group of earlier exchanges is gone.
-    """
+    """Returns the ranks to exchange with, None if this process is alone; `was_together`: it was not alone before."""
     if dist.is_available() and dist.is_initialized():
         ranks = Ranks(group)
         return ranks if ranks.world > 1 else None
@@ -193,11 +171,7 @@ def _odd(values: list[int]) -> tuple[int, int] | None:
 
 
 def local_rows(x: object) -> object:
-    """Returns this rank's rows of a DTensor as a plain tensor, and anything else unchanged.
-
-    Raises:
-        ValueError: This rank does not hold whole rows.
-    """
+    """Returns this rank's rows of a DTensor as a plain tensor, and anything else unchanged."""
     if not hasattr(x, "to_local"):
         return x
     placements = x.placements  # type: ignore[attr-defined]  # a DTensor, whose module is slow to import
