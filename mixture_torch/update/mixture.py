@@ -155,7 +155,7 @@ class Mixture:
         progress = self.progress
         if progress.state is None:
             self.notes += size_note(self._config.K, batch.everyone.shape[1])
-        state, waiting = seed(self._config, self._core, progress, batch.everyone)
+        state, waiting = seed(self._config, progress, batch.everyone)
         before, is_anew = state.moments.covariance, waiting is None or waiting is not progress.waiting
         for each in (*early, batch) if is_anew else (batch,):
             state, results = self._advance(state, each, True, total)  # new means have no weight to decay

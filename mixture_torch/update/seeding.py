@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 import mixture_core
-from mixture_core import MixtureConfig
 from mixture_core.inputs import usable_rows
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.update.checkpoint import SEEDING_ROWS, LowerState, Progress, to_device
@@ -13,15 +12,10 @@ from mixture_torch.update.precision import may_wait
 LARGE = 1e9  # bytes; the user is told the size of a larger state
 
 
-def seed(
-    config: MixtureRuntimeConfig, core: MixtureConfig, progress: Progress, x: Tensor
-) -> tuple[LowerState, Tensor | None]:
-    """Returns the state to start from, and the rows to keep if there are too few of them so far.
-
-    `core` holds the options of the mixture, and `x`, (N, D), the new rows of all ranks.
-    """
+def seed(config: MixtureRuntimeConfig, progress: Progress, x: Tensor) -> tuple[LowerState, Tensor | None]:
+    """Returns the state to start from, given the new rows of all ranks, and the rows to keep if too few have come."""
     if config.uses_labels:
-        return LowerState(mixture_core.init(core, x)), None
+        return LowerState(mixture_core.init(config.core, x)), None
     state, waiting, _ = progress
     with may_wait():  # once: the number of rows decides whether to seed again
         rows = x[usable_rows(x)]
@@ -29,7 +23,7 @@ def seed(
             return to_device(state, x.device), waiting
         rows = rows if waiting is None else torch.cat([waiting.to(x.device), rows])
         generator = torch.Generator(device="cpu").manual_seed(config.seed)
-        start = LowerState(mixture_core.init(core, rows, generator=generator))
+        start = LowerState(mixture_core.init(config.core, rows, generator=generator))
     return start, rows if len(rows) < SEEDING_ROWS * config.K else None
 
 
