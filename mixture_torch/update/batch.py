@@ -45,10 +45,9 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
     _refuse_without_values("labels", labels)
     labels, wrong = _receive_labels(labels, x, config.K)
     doubt = Doubt(wrong, partial(_label_error, config.K))
-    if x.is_cuda:
-        return Batch(x, labels, len(x), x, (doubt,))
-    settle(doubt)
-    return Batch(x, labels, len(x), x)
+    if not x.is_cuda:
+        settle(doubt)
+    return Batch(x, labels, len(x), x, (doubt,))
 
 
 def exchange(
