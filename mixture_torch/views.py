@@ -91,10 +91,9 @@ class View:
             ValueError: A shape is wrong, there has been no update, or the estimator is disabled.
         """
         state = self._mixture.progress.state
-        if state is None and not self.enabled:
-            raise ValueError("There is no mixture to assign to: the estimator is disabled.")
         if state is None:
-            raise ValueError("There is no mixture to assign to: call `update` first.")
+            why = "call `update` first" if self.enabled else "the estimator is disabled"
+            raise ValueError(f"There is no mixture to assign to: {why}.")
         with full_float32(embeddings):
             x = as_plain_embeddings(embeddings)
             return mixture_core.assign(to_device(state, x.device), x, labels)
