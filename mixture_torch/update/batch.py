@@ -1,5 +1,6 @@
 """Checks the arguments of `update` and makes one float32 batch of them, of this rank or of all ranks."""
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,14 +52,14 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
 
 
 def exchange(
-    config: MixtureRuntimeConfig, own: Callable[[], Batch], *, ranks: Ranks, digest: int, like: Tensor | None
+    config: MixtureRuntimeConfig, own: Callable[[], Batch], *, ranks: Ranks, same: object, like: Tensor | None
 ) -> Batch:
     """Returns the batch of all ranks in rank order; with `cross_rank: reduce`, this rank's share of it.
 
     Every rank takes part, whether its own batch is usable or not, and if one is not, all raise the same error. Ranks
     that reduce on GPUs do not wait for one another: if a batch is not usable, they go on to a step that changes nothing
-    on any rank, and the batch carries a doubt. `own` returns this rank's batch or raises, `digest` is of what must be
-    the same on all ranks, and `like` holds the means of the state, (K, D), or None if means have to be seeded.
+    on any rank, and the batch carries a doubt. `own` returns this rank's batch or raises, `same` must not differ
+    between ranks, and `like` holds the means of the state, (K, D), or None if means have to be seeded.
     """
     reduces = config.cross_rank == "reduce"
     waits = not reduces or like is None or not ranks.on_gpu or config.strict
@@ -71,6 +72,7 @@ def exchange(
     except Exception as error:  # any: the other ranks are waiting
         fault = MemoryError(text_of(error)) if is_out_of_memory(error) else error
         batch = _without_rows(torch.zeros(0, 1) if like is None else like[:0])
+    digest = zlib.crc32(repr(same).encode())
     doubts = [] if waits else [doubt.value for doubt in batch.doubts]
     entries = ranks.enter(fault is not None, *batch.x.shape, digest, waits, doubts=doubts)
     if not waits:

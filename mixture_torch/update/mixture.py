@@ -15,7 +15,7 @@ from mixture_torch.update.batch import Batch, exchange, ignored, receive
 from mixture_torch.update.checkpoint import LowerState, Progress, to_device
 from mixture_torch.update.cuda_graphs import Graphs
 from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
-from mixture_torch.update.ranks import digest, is_out_of_memory, other_ranks, text_of, together
+from mixture_torch.update.ranks import is_out_of_memory, other_ranks, text_of, together
 from mixture_torch.update.seeding import FirstWindow, seed, size_note
 from mixture_torch.update.stats import Memory, Rows, Source, StepStats
 
@@ -125,9 +125,9 @@ class Mixture:
             return self._take(own(), so_far, None)
         self._was_together = True
         reduces, n_waiting = config.cross_rank == "reduce", None if waiting is None else len(waiting)
-        same = self._core, reduces, config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting
+        same = config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting, so_far is None
         like = None if state is None or waiting is not None else state.moments.mean
-        batch = exchange(config, own, ranks=ranks, digest=digest(*same, so_far is None), like=like)
+        batch = exchange(config, own, ranks=ranks, same=(self._core, reduces, same), like=like)
         with together():
             return self._take(batch, so_far, ranks.total if reduces else None)
 

@@ -1,7 +1,6 @@
 """All collectives, and the choice of the rank that writes files."""
 
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,11 +156,6 @@ def text_of(error: object) -> str:
         return " ".join(str(error).split())
     except Exception:
         return type(error).__name__
-
-
-def digest(*values: object) -> int:
-    """Returns a number that is the same on two ranks if these values are the same."""
-    return zlib.crc32(repr(values).encode())
 
 
 def _odd(values: list[int]) -> tuple[int, int] | None:
