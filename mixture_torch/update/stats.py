@@ -108,10 +108,10 @@ class StepStats(_Fields):
     _source: ClassVar[Source]  # set on each record that `of` makes
 
     @classmethod
-    def of(cls, source: Source, moments: ExactMoments, rows: Rows, n_relocated: Tensor | None) -> "StepStats":
+    def of(cls, source: Source, rows: Rows, n_relocated: Tensor | None) -> "StepStats":
         """Returns statistics that are read from the source when they are first asked for."""
         stats = cls.__new__(cls)
-        stats.__dict__.update(_source=source, moments=moments, rows=rows)
+        stats.__dict__.update(_source=source, rows=rows)
         if n_relocated is not None:
             stats.__dict__["n_relocated"] = n_relocated
         return stats
@@ -172,7 +172,7 @@ class Memory:
     def __init__(self) -> None:
         self._spare: Tensor | None = None
         self._rows: Tensor | None = None
-        self._readers: list[tuple[Tensor, weakref.ref[ExactMoments]]] = []  # who may yet read each memory
+        self._readers: list[tuple[Tensor, weakref.ref[Moments]]] = []  # who may yet read each memory
 
     def lend(self, like: Tensor, *, N: int) -> Workspace:
         """Returns memory for a step of N rows, other than that of the covariances that it starts from, `like`."""
@@ -189,8 +189,8 @@ class Memory:
 
     def hand_out(self, source: Source, rows: Rows, n_relocated: Tensor | None, *, before: Tensor) -> StepStats:
         """Returns the statistics for their reader; the next step may write to the memory of `before`."""
-        moments = ExactMoments.of(source)
+        stats = StepStats.of(source, rows, n_relocated)
         self._spare = before
         self._readers = [reader for reader in self._readers if reader[0] is before]
-        self._readers.append((source["covariance"], weakref.ref(moments)))
-        return StepStats.of(source, moments, rows, n_relocated)
+        self._readers.append((source["covariance"], weakref.ref(stats.moments)))
+        return stats
