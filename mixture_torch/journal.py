@@ -41,8 +41,8 @@ class Journal:
                 with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                     report = Report.of(stats)
             R = report.send(responsibilities_of(stats)) if stores else None
-            row = cache(partial(_row, report, step, epoch, R, self.resumes))  # the same row if it is asked for again
-            self.rows.expect(report, row)
+            row = partial(Row, step, epoch, report.K, R=R, resumes=self.resumes)
+            self.rows.expect(report, cache(lambda: row(*report.figures)))  # the same row if it is asked for again
         self.resumes = False
         self.settle(but=1)
 
@@ -85,11 +85,6 @@ class Journal:
         for doubt in report.doubts:
             settle(doubt, at=at)
         self.note_ignored(report.n_ignored, report.N, at)
-
-
-def _row(report: Report, step: int, epoch: int, R: Tensor | None, resumes: bool) -> Row:
-    pi_min, pi_max, trace_B, opnorm_B = report.figures
-    return Row(step, epoch, report.K, pi_min, pi_max, trace_B, opnorm_B, R, resumes)
 
 
 def _write(recorder: Recorder, row: Callable[[], Row]) -> None:
