@@ -133,7 +133,8 @@ def resolve(
     given = {"demo": {key: value for key, value in options.items() if value is not None}}
     layers = [to_mapping(DEFAULTS, MIXTURE), *map(_read, files), *map(_parse_override, overrides), given]
     merged = functools.reduce(_merge, layers)
-    return _demo_config(merged["demo"]), MixtureRuntimeConfig.from_mapping(merged)
+    refuse_unknown(merged["demo"], attrs.fields_dict(DemoConfig), place="demo")
+    return DemoConfig(**merged["demo"]), MixtureRuntimeConfig.from_mapping(merged)
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: str = "") -> None:
@@ -189,11 +190,6 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any
                 raise TypeError(f"`{key}` must be a mapping of options, got {shown(block)}.")
             merged[key] = _merge(base[key], block)
     return merged
-
-
-def _demo_config(block: Mapping[str, Any]) -> DemoConfig:
-    refuse_unknown(block, attrs.fields_dict(DemoConfig), place="demo")
-    return DemoConfig(**block)
 
 
 def _train(job: Job, *, show_progress: bool) -> None:

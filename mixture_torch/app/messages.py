@@ -4,7 +4,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
 
 import typer
 
@@ -42,14 +41,7 @@ def one_line_errors(*, every_rank: bool = False) -> Iterator[None]:
 def one_line_warnings() -> Iterator[None]:
     """Prints each warning inside the block as one line, without the line of code, which is not the user's."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         _say("Note:", str(message))
 
     with warnings.catch_warnings():  # restores showwarning

@@ -101,7 +101,7 @@ def train(
         if checkpoint is not None:
             parts = _parts(model, optimizer, schedule, estimator)
             states = {name: part.state_dict() for name, part in parts.items()}
-            save(checkpoint, {**states, "epoch": epoch + 1, "step": step}, durable=True)
+            save(checkpoint, {**states, "epoch": epoch + 1, "step": step})
 
 
 def restore(
@@ -136,15 +136,7 @@ def restore(
         ) from error
 
 
-class _Stateful(Protocol):
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...
-
-
-def _parts(
-    model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, estimator: MixtureStats
-) -> dict[str, _Stateful]:
+def _parts(model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, estimator: MixtureStats) -> dict[str, Any]:
     """Returns the parts of a checkpoint, with the model outside DDP so that any number of processes can load it."""
     alone = model.module if isinstance(model, DistributedDataParallel) else model
     return {"model": alone, "optimizer": optimizer, "schedule": schedule, "mixture": estimator}

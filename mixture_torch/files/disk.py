@@ -7,16 +7,16 @@ takes back a piece that does not fit. `write_atomically` gives a file its name w
 import errno
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 BINARY = getattr(os, "O_BINARY", 0)  # Windows
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 
 
 class GrowingFile:
-    """A file that grows by whole pieces; the next piece overwrites any bytes after the last one.
+    """A file that grows by whole pieces; the next piece overwrites a tail, if there is one.
 
-    A subclass says in `look` how much of an existing file is whole pieces. Call `open` before each `put`: it does
+    A subclass says in `look` how much of an existing file is whole pieces. Call `open` before each change: it does
     nothing unless the file was closed, or somebody moved, deleted or changed it.
 
     Args:
@@ -25,32 +25,28 @@ class GrowingFile:
         say: Called with each warning.
     """
 
-    has_tail = False  # whether bytes after the last piece may stay until the next one
-
     def __init__(self, path: Path, *, header: bytes, say: Callable[[str], None]) -> None:
         self.path = path
-        self.end = 0  # bytes up to the end of the last piece
+        self.end = 0  # bytes up to the end of the last piece; 0 before the file was opened
         self._header = header
         self._say = say
         self._fd: int | None = None
-        self._place = (0, 0)  # device and inode of the open file
         self._size = 0  # bytes of the open file
         self._vanished = False
-        self._undone = -1  # where an unfinished piece may stand, if the disk refused to remove it
 
     def look(self) -> int:
         """Returns how many bytes of the file are whole pieces, or raises a ValueError if it has another format."""
         raise NotImplementedError
 
     def open(self) -> None:
-        """Opens the file unless it is open and as this object left it.
+        """Opens the file unless it is open and as this object left it, and removes what is after the last piece.
 
         Raises:
             ValueError: The file has another format. It is left as it is.
             OSError: The file cannot be opened.
         """
         if self._fd is not None:
-            if self._is_as_left():
+            if self.is_as_left(self._fd):
                 return
             self._vanished = not self.path.exists()
             self.close()
@@ -58,29 +54,32 @@ class GrowingFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | BINARY, 0o666)
         try:
-            status = os.fstat(self._fd)
-            self._place, self._size, self.end = (status.st_dev, status.st_ino), status.st_size, end
-            if self._size > end and not self.has_tail:
-                self._cut()
+            self._size = os.fstat(self._fd).st_size
+            self.cut(end)
             if not end:
                 self.put(self._header)
         except BaseException:
             self.close()
             raise
-        self._undone = -1
         if self._vanished:
             self._vanished = False
             self._say(f"`{self.path}` was moved or deleted; a new one is begun.")
 
+    def is_as_left(self, fd: int) -> bool:
+        """Returns whether the open file is as this object left it."""
+        try:
+            status = os.fstat(fd)
+            return os.path.samestat(os.stat(self.path), status) and status.st_size == self._size
+        except OSError:
+            return False
+
     def put(self, data: bytes | memoryview, *, is_tail: bool = False) -> None:
-        """Hands a piece or a tail to the operating system; on a fault the file is as it was. It must be open."""
+        """Hands a piece or a tail to the operating system; on a fault the file is as it was."""
         assert self._fd is not None
         try:
-            if self._size > self.end:
-                self._cut()
+            self.cut(self.end)
             self._size += _write(self._fd, data)
         except BaseException:
-            self._undone = self.end
             try:
                 os.ftruncate(self._fd, self.end)
             finally:
@@ -89,18 +88,13 @@ class GrowingFile:
         if not is_tail:
             self.end = self._size
 
-    def finish(self, tail: bytes | memoryview) -> None:
-        """Writes a tail after the last piece and waits until the disk has the file."""
-        self.open()
-        self.put(tail, is_tail=True)
-        self.sync()
-
     def cut(self, size: int) -> None:
-        """Removes all pieces after the first `size` bytes and waits until the disk has the file."""
-        self.open()
+        """Removes everything after the first `size` bytes, which are whole pieces."""
+        assert self._fd is not None
         self.end = size
-        self._cut()
-        self.sync()
+        if self._size > size:
+            os.ftruncate(self._fd, size)
+            self._size = size
 
     def sync(self) -> None:
         """Waits until the disk has what was written."""
@@ -113,17 +107,10 @@ class GrowingFile:
             fd, self._fd = self._fd, None
             os.close(fd)
 
-    def _is_as_left(self) -> bool:
-        try:
-            status = os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return (status.st_dev, status.st_ino) == self._place and status.st_size == self._size
 
-    def _cut(self) -> None:
-        assert self._fd is not None
-        os.ftruncate(self._fd, self.end)
-        self._size = self.end
+def superseded(path: Path, number: int) -> Path:
+    """Returns where a resumed run moves what it replaces in a file or folder, such as `mixture.superseded-1.csv`."""
+    return path.with_name(f"{path.stem}.superseded-{number}{path.suffix}")
 
 
 def write_atomically(
@@ -150,7 +137,9 @@ def write_atomically(
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(temporary or f".{path.name}.mixture_torch.tmp")
-    fd = _create(unfinished)
+    with suppress(FileNotFoundError):
+        os.unlink(unfinished)  # of a killed process
+    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
     try:
         try:
             for piece in [data] if isinstance(data, (bytes, memoryview)) else data:
@@ -182,15 +171,6 @@ def move(paths: Iterable[Path], folder: Path) -> None:
             write_atomically(folder / path.name, path.read_bytes(), durable=True)
             os.unlink(path)
     _sync_folder(folder)
-
-
-def _create(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW | BINARY
-    try:
-        return os.open(path, flags, 0o666)
-    except FileExistsError:
-        os.unlink(path)
-        return os.open(path, flags, 0o666)
 
 
 def _write(fd: int, data: bytes | memoryview) -> int:

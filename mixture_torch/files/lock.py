@@ -4,7 +4,6 @@ import errno
 import os
 import socket
 import stat
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ try:
 except ModuleNotFoundError:  # on Windows, where nothing is locked
     fcntl = None
 
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 LOCK_FILE = "mixture.lock"
 HOLDER = b"process "  # how the file of a held lock begins
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems without locks
@@ -22,8 +22,8 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems wit
 class FolderLock:
     """A lock that the operating system releases when its process ends, even if it is killed.
 
-    A forked child does not have it. The file names the process that has it, and `release` leaves it there, empty. The
-    package `filelock` would do the same, if all versions that torch accepts kept the name when another process tries.
+    The file names the process that has it, and `release` leaves it there, empty. The package `filelock` would do the
+    same, if all versions that torch accepts kept the name when another process tries.
 
     Args:
         folder: The run folder. It is made if it is missing.
@@ -32,29 +32,21 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK_FILE
         self._fd: int | None = None
-        _locks.add(self)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process has the lock."""
-        return self._fd is not None
 
     def acquire(self) -> None:
         """Takes the lock unless it is held, and again if the folder was moved; ValueError if another process has it."""
         if self._fd is not None:
             if self._is_in_place(self._fd):
                 return
-            self._drop()
+            self.drop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            self._take(fd)
-            os.ftruncate(fd, 0)
-            os.write(fd, HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
-            self._fd = fd
+            self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_FOLLOW, 0o666)
+            self._take(self._fd)
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
         except BaseException:
-            self._fd = None
-            os.close(fd)
+            self.drop()
             raise
 
     def release(self) -> None:
@@ -64,37 +56,33 @@ class FolderLock:
                 os.ftruncate(self._fd, 0)
             finally:
                 _flock(self._fd, "LOCK_UN")  # before it is closed, as an interrupt may come in between
-                self._drop()
+                self.drop()
+
+    def drop(self) -> None:
+        """Closes the file if it is open. A forked child must do so, or it keeps the lock for as long as it lives."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
     def _take(self, fd: int) -> None:
-        begin = os.read(fd, len(HOLDER)).rstrip(b"\0") if stat.S_ISREG(os.fstat(fd).st_mode) else b"?"
-        if not HOLDER.startswith(begin):  # a power cut leaves a part or zeros
+        content = os.read(fd, 200) if stat.S_ISREG(os.fstat(fd).st_mode) else b"?"
+        if not HOLDER.startswith(content[: len(HOLDER)].rstrip(b"\0")):  # a power cut leaves a part or zeros
             raise ValueError(
                 f"`{self._path}` is not the lock of a run folder; move the file away or choose another `log_dir`."
             )
         try:
             _flock(fd, "LOCK_EX", "LOCK_NB")
         except BlockingIOError as error:
-            os.lseek(fd, 0, os.SEEK_SET)
-            holder = os.read(fd, 200).decode("utf-8", errors="replace") or "another process"
+            holder = content.decode("utf-8", errors="replace") or "another process"
             raise ValueError(
                 f"`log_dir` is in use: {holder} writes to `{self._path.parent}`; end it or choose another `log_dir`."
             ) from error
-        os.lseek(fd, 0, os.SEEK_SET)
 
     def _is_in_place(self, fd: int) -> bool:
         try:
             return os.path.samestat(os.fstat(fd), os.stat(self._path))
         except (FileNotFoundError, NotADirectoryError):
             return False
-
-    def _drop(self) -> None:
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            os.close(fd)
-
-
-_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 def _flock(fd: int, *how: str) -> None:
@@ -104,13 +92,3 @@ def _flock(fd: int, *how: str) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-
-
-def _drop_in_child() -> None:
-    """A forked child's copy would keep the lock for as long as the child lives."""
-    for lock in list(_locks):
-        lock._drop()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_in_child)

@@ -6,6 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,7 +44,7 @@ class Recorder:
         # Absolute: the working directory may change before the first row.
         self._log_dir = None if log_dir is None else Path(log_dir).absolute()
         self.scores_mode = scores_mode
-        self._asks, self._writes = writes, None if log_dir is not None else False
+        self._writes = cache(writes)
         self._strict = strict
         self._folder: RunFolder | None = None
         self._opened_by = 0  # a process
@@ -65,14 +66,15 @@ class Recorder:
         Raises:
             ValueError: A file has another format, or another process has the folder. Nothing is changed.
         """
-        if self._writes is None:
-            self._writes = self._asks()
-        if self._writes and self._log_dir is not None:
-            with _Shared.turn:
-                if self._folder is None or not self.is_ours:
-                    self._folder, self._opened_by = _run_folder(self._log_dir), os.getpid()
-                self._folder.join(self._user, self.scores_mode)
-        return self._writes
+        if self._log_dir is None or not self._writes():
+            return False
+        with _Shared.turn:
+            if self._folder is None or not self.is_ours:
+                place = os.path.realpath(self._log_dir)  # the same, whatever path leads there
+                self._folder = _Shared.folders.setdefault(place, RunFolder(self._log_dir))
+                self._opened_by = os.getpid()
+            self._folder.join(self._user, self.scores_mode)
+        return True
 
     def write(self, row: Row) -> None:
         """Writes a row, once even if it is given twice. If the disk refuses it, it is kept and later calls try again.
@@ -80,17 +82,11 @@ class Recorder:
         Raises:
             OSError: Something could not be written and `strict` is set. It is kept.
         """
-        with _Shared.turn:
-            if self._folder is not None and self.is_ours:
-                self._folder.write(row, self.scores_mode, strict=self._strict)
-                _say(self._folder)
+        self._do(lambda folder: folder.write(row, self.scores_mode, strict=self._strict))
 
     def flush(self) -> None:
         """Makes all files complete."""
-        with _Shared.turn:
-            if self._folder is not None and self.is_ours:
-                self._folder.flush(strict=self._strict)
-                _say(self._folder)
+        self._do(lambda folder: folder.flush(strict=self._strict))
 
     def close(self, *, for_good: bool = False) -> None:
         """Makes all files complete and closes them; a later row opens them again.
@@ -98,10 +94,16 @@ class Recorder:
         Args:
             for_good: Whether the estimator is gone: then nothing is raised, and what cannot be written is lost.
         """
+        strict = self._strict and not for_good
+        self._do(lambda folder: folder.leave(self._user, strict=strict, for_good=for_good))
+
+    def _do(self, action: Callable[[RunFolder], None]) -> None:
+        """Does something with the folder, unless it was never opened or is the parent's, and warns of its news."""
         with _Shared.turn:
-            if self._folder is not None and self.is_ours:
-                self._folder.leave(self._user, strict=self._strict and not for_good, for_good=for_good)
-                _say(self._folder)
+            if (folder := self._folder) is not None and self.is_ours:
+                action(folder)
+                while folder.news and not folder.is_busy:
+                    warn_caller(folder.news.pop(0))
 
 
 class _Shared:
@@ -112,26 +114,14 @@ class _Shared:
 
     @classmethod
     def begin_anew(cls) -> None:
-        """Replaces the lock in a forked child: a thread that held it exists only in the parent."""
+        """In a forked child, leaves the folders to the parent, and `turn` to the thread that may have it there."""
+        for folder in list(cls.folders.values()):
+            folder.lock.drop()
         cls.turn, cls.folders = threading.RLock(), weakref.WeakValueDictionary()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Shared.begin_anew)
-
-
-def _run_folder(path: Path) -> RunFolder:
-    """Returns this process's only `RunFolder` for a folder, whatever path names it."""
-    place = os.path.realpath(path)
-    folder = _Shared.folders.get(place)
-    if folder is None:
-        folder = _Shared.folders[place] = RunFolder(path)
-    return folder
-
-
-def _say(folder: RunFolder) -> None:
-    while folder.news and not folder.is_busy:
-        warn_caller(folder.news.pop(0))
 
 
 def warn_caller(text: str) -> None:

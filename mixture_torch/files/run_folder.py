@@ -6,25 +6,27 @@ another call, from a signal handler or a garbage collection, only queues its req
 
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mixture_torch.files.disk import GrowingFile, superseded
 from mixture_torch.files.lock import FolderLock
-from mixture_torch.files.log import SUPERSEDED_LOG, LogFile
-from mixture_torch.files.scores import SUPERSEDED_SCORES, ScoresFile
-from mixture_torch.files.shards import SUPERSEDED_SHARDS, ShardFolder
+from mixture_torch.files.log import COLUMNS, HEADER, LOG_FILE, RowsFile
+from mixture_torch.files.scores import SCORES_FILE, ScoresFile
+from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, load_entry, score_entry
 
 Mode = Literal["append", "per_step"]
 MOST_KEPT = 2**30  # bytes of responsibilities: a full disk must not take the memory of the run
 
 
-class Row(NamedTuple):
-    """A logged step, whose numbers are all known."""
+@dataclass(eq=False)
+class Row:
+    """A logged step, whose numbers are all known, and how far it is written."""
 
     step: int
     epoch: int
@@ -33,24 +35,19 @@ class Row(NamedTuple):
     pi_max: float
     trace_B: float
     opnorm_B: float
-    R: Tensor | None = None  # (N, K) responsibilities to store
-    resumes: bool = False  # whether earlier rows at this (epoch, step) or later are superseded
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A row that is still to be written, and how far that is."""
-
-    row: Row
-    scores_mode: Mode | None
-    R: Tensor | None  # to be stored; None once it is
-    resumes: bool
+    R: Tensor | None = None  # (N, K) responsibilities to store; None once they are
+    resumes: bool = False  # whether earlier rows at this (epoch, step) or later are still to be superseded
+    # What follows is for the run folder.
+    scores_mode: Mode | None = None
     kept_bytes: int = 0  # of a copy of R
-    # Where the files ended before the row. If they have grown, it is there, though an interrupt came after the write.
-    log_end: float = float("inf")
-    scores_end: float = float("inf")
+    ends: dict[GrowingFile, int] = field(default_factory=dict)  # where files ended before the row
     number: int = 0  # of the files for what it supersedes, once they are begun
     moved: int = 0  # entries of responsibilities in them
+
+    def lacks(self, file: GrowingFile) -> bool:
+        """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""
+        before = self.ends[file] = min(self.ends.get(file, file.end), file.end)
+        return file.end == before
 
 
 class RunFolder:
@@ -59,13 +56,13 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.news: list[str] = []  # warnings, to be said when the work is done, as they may be made errors
         self.is_busy = False
+        self.lock = FolderLock(path)
         self._path = path
-        self._lock = FolderLock(path)
-        self._log = LogFile(path, say=self.news.append)
-        self._scores = ScoresFile(path, say=self.news.append)
-        self._shards = ShardFolder(path, say=self.news.append)
+        self._log = RowsFile(path / LOG_FILE, HEADER, say=self.news.append)
+        self._scores = ScoresFile(path / SCORES_FILE, say=self.news.append)
+        self._shards = ShardFolder(path / SHARD_FOLDER, load_entry, say=self.news.append)
         self._users: set[object] = set()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Row] = deque()
         self._written: Row | None = None  # the last one
         self._kept_bytes = self._dropped = 0  # bytes of copied responsibilities; entries without room for one
         self._fault: str | None = None  # why the last attempt failed
@@ -89,8 +86,9 @@ class RunFolder:
 
     def write(self, row: Row, scores_mode: Mode | None, *, strict: bool) -> None:
         """Writes a row after all that wait, unless it was given before; `strict` raises what the disk reports."""
-        if row is not (self._waiting[-1].row if self._waiting else self._written):
-            self._waiting.append(_Waiting(row, scores_mode, row.R, row.resumes))
+        if row is not (self._waiting[-1] if self._waiting else self._written):
+            row.scores_mode = scores_mode
+            self._waiting.append(row)
         try:
             self._work(strict=strict)
         finally:
@@ -109,19 +107,18 @@ class RunFolder:
             self._say_what_is_missing(for_good)
 
     def _open(self, scores_mode: Mode | None) -> None:
-        """Checks all files, then opens them."""
+        """Takes the folder and checks all files before one of them is changed."""
         try:
             self.is_busy = True
             with suppress(OSError):  # `write` will meet it again, and keeps the row
-                self._lock.acquire()
-                self._log.check()
+                self.lock.acquire()
+                self._log.read()
                 if scores_mode == "append":
                     self._scores.open()
-                self._log.open()
                 self._is_open = True
         except BaseException:
             if not self._users:
-                self._lock.release()
+                self.lock.release()
             raise
         finally:
             self.is_busy = False
@@ -152,64 +149,58 @@ class RunFolder:
 
     def _write_rows(self) -> None:
         while self._waiting:
-            waiting = self._waiting[0]
-            row, log = waiting.row, self._log
+            row, log = self._waiting[0], self._log
             self._is_open = True
-            self._lock.acquire()
+            self.lock.acquire()
             log.open()
-            if waiting.resumes:
-                self._supersede(waiting)
-                log.open()  # again if it was replaced
-            if waiting.R is not None:
-                self._write_scores(waiting, waiting.R)
-            waiting.log_end = min(waiting.log_end, log.end)
-            if log.end == waiting.log_end:
+            if row.resumes:
+                self._supersede(row)
+            if row.R is not None:
+                self._write_scores(row, row.R)
+            if row.lacks(log):
                 self._check_order(row)
-                log.append_row(row.step, row.epoch, row.K, row[3:7])
+                log.append_row(*(getattr(row, name) for name in COLUMNS))
             self._written = row
             self._waiting.popleft()
 
-    def _write_scores(self, waiting: _Waiting, R: Tensor) -> None:
-        row = waiting.row
-        if waiting.scores_mode == "per_step":
-            self._shards.write(row.step, row.epoch, R)
+    def _write_scores(self, row: Row, R: Tensor) -> None:
+        if row.scores_mode == "per_step":
+            self._shards.write(score_entry(row.step, row.epoch, R))
         else:
             self._scores.open()
-            waiting.scores_end = min(waiting.scores_end, self._scores.end)
-            if self._scores.end == waiting.scores_end:
+            if row.lacks(self._scores):
                 self._scores.append_entry(row.step, row.epoch, R)
-        self._kept_bytes -= waiting.kept_bytes
-        waiting.R = None
+        self._kept_bytes -= row.kept_bytes
+        row.R = None
 
-    def _supersede(self, waiting: _Waiting) -> None:
+    def _supersede(self, row: Row) -> None:
         """Moves what was recorded at or after a row to files of their own; may be called again after a fault."""
-        position = epoch, step = waiting.row.epoch, waiting.row.step
-        waiting.number = waiting.number or next(n for n in count(1) if not self._superseded(n))
-        steps = self._log.steps_from(position)
-        waiting.moved += self._shards.supersede(position, waiting.number, steps=steps)
+        position = row.epoch, row.step
+        row.number = row.number or next(n for n in count(1) if not self._superseded(n))
+        row.moved += self._shards.supersede(position, row.number, steps=self._log.steps_from(position))
         try:
-            waiting.moved += self._scores.supersede(position, waiting.number)
+            row.moved += self._scores.supersede(position, row.number)
         except ValueError as error:  # a foreign file, which this run may not need
             self.news.append(f"{error} It was left as it is.")
-        rows = self._log.supersede(position, waiting.number)  # last: it tells which shards to look at
-        waiting.resumes = False
-        if rows or waiting.moved:
-            places = " and ".join(self._superseded(waiting.number))
+        n_rows = self._log.supersede(position, row.number)  # last: it tells which shards to look at
+        row.resumes = False
+        if n_rows or row.moved:
+            places = " and ".join(self._superseded(row.number))
             self.news.append(
-                f"`{self._path}` is resumed at step {step} of epoch {epoch}: {rows} later rows and {waiting.moved} "
-                f"entries of responsibilities were moved to {places}."
+                f"`{self._path}` is resumed at step {row.step} of epoch {row.epoch}: {n_rows} later rows and "
+                f"{row.moved} entries of responsibilities were moved to {places}."
             )
 
     def _superseded(self, number: int) -> list[str]:
-        names = [form.format(number) for form in (SUPERSEDED_LOG, SUPERSEDED_SCORES, SUPERSEDED_SHARDS)]
-        return [f"`{name}`" for name in names if (self._path / name).exists()]
+        paths = [superseded(part.path, number) for part in (self._log, self._scores, self._shards)]
+        return [f"`{path.name}`" for path in paths if path.exists()]
 
     def _check_order(self, row: Row) -> None:
-        last = self._log.last
-        if last is not None and (row.epoch, row.step) <= last and not self._warned_of_order:
+        epoch, step = self._log.last
+        if (row.epoch, row.step) <= (epoch, step) and not self._warned_of_order:
             self._warned_of_order = True
             self.news.append(
-                f"`{self._path}` already has rows up to epoch {last[0]}, step {last[1]}; step {row.step} of epoch "
+                f"`{self._path}` already has rows up to epoch {epoch}, step {step}; step {row.step} of epoch "
                 f"{row.epoch} is appended. To replace later rows, call `load_state_dict` before `log_step`."
             )
 
@@ -218,11 +209,9 @@ class RunFolder:
         if not (asked and self._is_open):  # otherwise the files may belong to another process
             return
         try:
-            self._lock.acquire()
-            try:
-                self._scores.flush()
-            finally:
-                self._log.sync()
+            self.lock.acquire()
+            self._log.sync()
+            self._scores.flush()
             self._is_open = bool(self._users)
         except BaseException:
             self._completes = True
@@ -231,26 +220,26 @@ class RunFolder:
             if not self._users:
                 self._scores.close()
                 self._log.close()
-                self._lock.release()
+                self.lock.release()
 
     def _keep_responsibilities(self) -> None:
         """Copies responsibilities that could not be written, as their owner may change them, up to MOST_KEPT bytes."""
-        for waiting in reversed(self._waiting):
-            if waiting.R is None or waiting.kept_bytes:
+        for row in reversed(self._waiting):
+            if row.R is None or row.kept_bytes:
                 break  # and so it is with all before it
-            size = waiting.R.numel() * torch.float32.itemsize
+            size = row.R.numel() * torch.float32.itemsize
             if self._kept_bytes + size > MOST_KEPT:
-                waiting.R = None
+                row.R = None
                 self._dropped += 1
             else:
-                waiting.R = waiting.R.detach().to("cpu", torch.float32, copy=True)
-                waiting.kept_bytes = size
+                row.R = row.R.detach().to("cpu", torch.float32, copy=True)
+                row.kept_bytes = size
                 self._kept_bytes += size
 
     def _say_what_is_missing(self, for_good: bool) -> None:
         said, kept = [], "are kept in memory, and tried again at `log_step`, `flush` and `close`"
         if self._fault is not None:
-            entries = sum(waiting.R is not None for waiting in self._waiting)
+            entries = sum(row.R is not None for row in self._waiting)
             rows = f"{len(self._waiting)} rows and {entries} entries of responsibilities"
             said.append(f"could not be written ({self._fault}): {rows} {'are lost' if for_good else kept}")
         if self._dropped:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mixture_torch.files.disk import GrowingFile, write_atomically
+from mixture_torch.files.disk import GrowingFile, superseded, write_atomically
 from mixture_torch.files.scores_format import (
     HEADER,
     INDEX,
@@ -22,32 +22,23 @@ from mixture_torch.files.scores_format import (
 from mixture_torch.files.shards import SHARD_FOLDER, SHARD_PATTERN, ScoreEntry, load_entry, load_list
 
 SCORES_FILE = "mixture_scores.pt"
-SUPERSEDED_SCORES = "mixture_scores.superseded-{}.pt"
 
 
 class ScoresFile(GrowingFile):
     """Appends entries to `mixture_scores.pt`, at a cost that does not depend on how many came before.
 
     Args:
-        folder: The run folder.
+        path: The file.
         say: Called with each warning.
     """
 
-    has_tail = True
-
-    def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
-        super().__init__(folder / SCORES_FILE, header=HEADER, say=say)
+    def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
+        super().__init__(path, header=HEADER, say=say)
         self._index = bytearray()  # the records in the file, 44 bytes each
-        self._listed = 0  # bytes that the tail lists; 0 without one
-        self._is_used = False
 
-    def open(self) -> None:
-        """Opens the file unless it is open and as this object left it."""
-        super().open()
-        self._is_used = True
-        if self._indexed != self.end:  # an interrupt came right after a write
-            self.close()
-            super().open()
+    def is_as_left(self, fd: int) -> bool:
+        """Returns whether the file and the index agree; an interrupt may have come between changes of the two."""
+        return super().is_as_left(fd) and self._indexed == self.end
 
     def append_entry(self, step: int, epoch: int, R: Tensor) -> None:
         """Appends one entry, (N, K), to the open file; `read_scores` finds it at once."""
@@ -66,27 +57,27 @@ class ScoresFile(GrowingFile):
         records = list(unpacked(self._index))
         kept = [record for record in records if (record.epoch, record.step) < position]
         if moved := len(records) - len(kept):
-            target = self.path.with_name(SUPERSEDED_SCORES.format(number))
-            write_atomically(target, archive(self._entries(lambda at: at >= position)), durable=True)
+            write_atomically(
+                superseded(self.path, number), archive(self._entries(lambda at: at >= position)), durable=True
+            )
             if kept == records[: len(kept)]:
                 del self._index[len(kept) * INDEX.size :]
                 self.cut(records[len(kept)].offset)
             else:
                 write_atomically(self.path, archive(self._entries(lambda at: at < position)), durable=True)
-            self.flush()
+        self.flush()
         return moved
 
     def flush(self) -> None:
         """Completes the file if it has been opened, so that `torch.load` reads it, and waits until the disk has it."""
-        if self._is_used and self.path.exists():
+        if self.end and self.path.exists():
             self.open()
-            if self._listed != self.end or self._size == self.end:
-                self.finish(tail(self._index, self.end))
-                self._listed = self.end
+            if self._size == self.end:
+                self.put(tail(self._index, self.end), is_tail=True)
+            self.sync()
 
     def look(self) -> int:
         """Returns how many bytes are whole entries; makes the index anew from the last known entry on."""
-        self._listed = 0
         if not self.path.exists():
             self._index.clear()
             return 0

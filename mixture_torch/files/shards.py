@@ -1,23 +1,20 @@
-"""`mixture_scores/step_000123.pt`: the responsibilities of one step; and how entries are read and saved."""
+"""`mixture_scores/step_000123.pt`: the responsibilities of one step; and how such files are written and read."""
 
 import errno
 import io
-import os
-import stat
 import zipfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
-from mixture_torch.files.disk import move, write_atomically
+from mixture_torch.files.disk import move, superseded, write_atomically
 
 SHARD_FOLDER = "mixture_scores"
 SHARD_NAME = "step_{:06d}.pt"
 SHARD_PATTERN = "step_*.pt"
-SUPERSEDED_SHARDS = "mixture_scores.superseded-{}"
 
 
 class ScoreEntry(TypedDict):
@@ -29,34 +26,32 @@ class ScoreEntry(TypedDict):
 
 
 class ShardFolder:
-    """Writes each entry to a file of its own.
+    """A folder with a file for each entry, which is a mapping with `step` and `epoch`.
 
     Args:
-        folder: The run folder.
+        path: The folder.
+        load: Returns the entry in a file, or raises a ValueError if it holds anything else.
         say: Called with each warning.
     """
 
-    def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
-        self._folder = folder / SHARD_FOLDER
+    def __init__(self, path: Path, load: Callable[[Path], Mapping[str, Any]], *, say: Callable[[str], None]) -> None:
+        self.path = path
+        self._load = load
         self._say = say
         self._warned = False
-        self._begun = folder, False  # the file that was written last, and whether it was there before
 
-    def write(self, step: int, epoch: int, R: Tensor) -> None:
-        """Writes one entry, in place of an earlier one of the same step, which warns once.
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Writes one entry, in place of another one of the same step, which warns once.
 
         Raises ValueError if the file in its place is no entry, which is then left as it is.
         """
-        path = self._folder / SHARD_NAME.format(step)
-        if path != self._begun[0]:  # otherwise what is there may be of this entry, and an interrupt came after it
-            self._begun = path, path.exists()
-        replaces = self._begun[1] and path.exists()  # it may have been moved away since a refusal
+        path, data = self.path / SHARD_NAME.format(entry["step"]), saved(entry)
+        replaces = path.exists()
         if replaces:
-            load_entry(path)
-        # A copy, since torch.save would save all of what R is a view of.
-        own = R.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+            self._load(path)
+            replaces = path.read_bytes() != data  # equal if an interrupt came after this entry was written
         # One name for all steps: the steps at which processes were killed leave one temporary file.
-        save(path, {"step": step, "epoch": epoch, "responsibilities": own}, temporary=".step.mixture_torch.tmp")
+        write_atomically(path, data, temporary=".step.mixture_torch.tmp")
         if replaces and not self._warned:
             self._warned = True
             self._say(f"`{path}` existed and was replaced; later steps replace their files without a warning.")
@@ -66,12 +61,25 @@ class ShardFolder:
 
         Reads only entries whose step is not before that of the position, or is in `steps`. Returns how many there were.
         """
-        shards = [(_step_of(path.name), path) for path in self._folder.glob(SHARD_PATTERN)]
-        near = [path for step, path in shards if step is not None and (step >= position[1] or step in steps)]
-        moved = [path for path in sorted(near) if _is_from(position, path)]
+        shards = [(_step_of(path), path) for path in sorted(self.path.glob(SHARD_PATTERN))]
+        near = [path for step, path in shards if step >= position[1] or step in steps]
+        moved = [path for path in near if self._is_from(position, path)]
         if moved:
-            move(moved, self._folder.with_name(SUPERSEDED_SHARDS.format(number)))
+            move(moved, superseded(self.path, number))
         return len(moved)
+
+    def _is_from(self, position: tuple[int, int], path: Path) -> bool:
+        try:
+            entry = self._load(path)
+        except ValueError:  # damaged entries are treated like their neighbors
+            return True
+        return (entry["epoch"], entry["step"]) >= position
+
+
+def score_entry(step: int, epoch: int, R: Tensor) -> ScoreEntry:
+    """Returns the entry of a step, with a copy of R: torch.save would save all of what R is a view of."""
+    own = R.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+    return {"step": step, "epoch": epoch, "responsibilities": own}
 
 
 def load_entry(path: Path) -> ScoreEntry:
@@ -85,17 +93,21 @@ def load_list(path: Path) -> list[ScoreEntry]:
     return cast(list[ScoreEntry], _load(path, _is_list, expected="a list of entries", mmap=is_zip))
 
 
-def save(path: Path, value: object, *, durable: bool = False, temporary: str | None = None) -> None:
-    """Makes a file from which `torch.load` reads a value, as `write_atomically` does."""
+def save(path: Path, value: object) -> None:
+    """Makes a file from which `torch.load` reads a value, at once and safe from a loss of power."""
+    write_atomically(path, saved(value), durable=True)
+
+
+def saved(value: object) -> bytes:
+    """Returns what torch.save writes."""
     buffer = io.BytesIO()  # torch.save would hide an OSError in a RuntimeError
     torch.save(value, buffer)
-    write_atomically(path, buffer.getbuffer(), durable=durable, temporary=temporary)
+    return buffer.getvalue()
 
 
 def _load(path: Path, is_ours: Callable[[Any], bool], *, expected: str, mmap: bool = False) -> Any:
     foreign = f"`{path}` is not {expected} of responsibilities; move the file away or choose another `log_dir`."
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would wait for a writer
+    if path.exists() and not path.is_file():  # a pipe would wait for a writer
         raise ValueError(foreign)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -125,15 +137,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value < 2**63
 
 
-def _is_from(position: tuple[int, int], path: Path) -> bool:
-    try:
-        entry = load_entry(path)
-    except ValueError:  # damaged entries are treated like their neighbors
-        return True
-    return (entry["epoch"], entry["step"]) >= position
-
-
-def _step_of(name: str) -> int | None:
-    """The step in the name of a file; None of another file."""
-    digits = name.removeprefix("step_").removesuffix(".pt")
-    return int(digits) if digits.isdecimal() and name == SHARD_NAME.format(int(digits)) else None
+def _step_of(path: Path) -> int:
+    """Returns the step in the name of a file; -1 for another file."""
+    digits = path.stem.removeprefix("step_")
+    return int(digits) if digits.isdecimal() and path.name == SHARD_NAME.format(int(digits)) else -1

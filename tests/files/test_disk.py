@@ -16,13 +16,12 @@ from tests.wrapper.samples import contents
 class Pieces(GrowingFile):
     """A file of pieces of four bytes, which is how long its header is."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = print, *, has_tail: bool = False) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         super().__init__(path, header=b"HEAD", say=say)
-        self.has_tail = has_tail
 
-    def write(self, piece: bytes) -> None:
+    def write(self, piece: bytes, *, is_tail: bool = False) -> None:
         self.open()
-        self.put(piece)
+        self.put(piece, is_tail=is_tail)
 
     def look(self) -> int:
         if not self.path.exists():
@@ -53,11 +52,11 @@ def test_growing_file_goes_on_in_a_file_of_ours(tmp_path: Path) -> None:
 
 
 def test_growing_file_overwrites_a_tail_by_what_comes_next(tmp_path: Path) -> None:
-    file = Pieces(tmp_path / "file", has_tail=True)
+    file = Pieces(tmp_path / "file")
     file.write(b"1111")
-    file.finish(b"the end")
+    file.write(b"the end", is_tail=True)
     assert (contents(tmp_path), file.end) == ({"file": b"HEAD1111the end"}, 8)
-    file.finish(b"end")
+    file.write(b"end", is_tail=True)
     assert contents(tmp_path) == {"file": b"HEAD1111end"}
     file.write(b"2222")
     file.cut(8)
@@ -98,14 +97,14 @@ def test_growing_file_leaves_one_that_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_growing_file_takes_a_piece_whole_or_not_at_all(tmp_path: Path, disk_with_room_for: Disk) -> None:
-    file = Pieces(tmp_path / "file", has_tail=True)
+    file = Pieces(tmp_path / "file")
     with disk_with_room_for(2), pytest.raises(OSError, match="too large"):
         file.write(b"1111")
     file.write(b"1111")
     with disk_with_room_for(10):
-        for write in (file.write, file.finish):
+        for is_tail in (False, True):
             with pytest.raises(OSError, match="too large"):
-                write(b"2222")
+                file.write(b"2222", is_tail=is_tail)
             assert contents(tmp_path) == {"file": b"HEAD1111"}
     file.write(b"3333")
     file.close()

@@ -1,6 +1,7 @@
 """The log: what is written, what is read, and what becomes of damaged and torn rows."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixture_torch import read_log
-from mixture_torch.files.log import LogFile
+from mixture_torch.files.log import NOWHERE, RowsFile
 from tests.files.recording import HEADER
 from tests.wrapper.samples import contents
 
@@ -19,13 +20,17 @@ ROW = b"0,0,8,0.1,0.5,2,1\n"
 NEXT = b"1" + ROW[1:]
 
 
+def opened(folder: Path, say: Callable[[str], None] = print) -> RowsFile:
+    return RowsFile(folder / "mixture.csv", HEADER[:-1], say=say)
+
+
 def log(folder: Path, *steps: int) -> list[str]:
     """Appends rows and returns what was said."""
     messages: list[str] = []
-    file = LogFile(folder, say=messages.append)
+    file = opened(folder, messages.append)
     for step in steps:
         file.open()
-        file.append_row(step, 0, 8, FIGURES)
+        file.append_row(step, 0, 8, *FIGURES)
     file.close()
     return messages
 
@@ -34,11 +39,11 @@ def log(folder: Path, *steps: int) -> list[str]:
 
 
 def test_row_is_in_the_file_at_once_with_nine_digits(tmp_path: Path) -> None:
-    file = LogFile(tmp_path / "run", say=print)
+    file = opened(tmp_path / "run")
     file.sync()
     assert not (tmp_path / "run").exists()
     file.open()
-    file.append_row(12, 3, 8, (1 / 3, 1e-30 / 3, 2e20 / 3, float("nan")))
+    file.append_row(12, 3, 8, 1 / 3, 1e-30 / 3, 2e20 / 3, float("nan"))
     rows = (tmp_path / "run" / "mixture.csv").read_bytes()
     assert rows == HEADER + b"12,3,8,0.333333333,3.33333333e-31,6.66666667e+19,nan\n"
     file.close()
@@ -67,14 +72,14 @@ def test_log_with_other_line_ends_keeps_its_own(tmp_path: Path) -> None:
     assert read_log(tmp_path)["opnorm_B"].tolist() == [1.0]
     assert log(tmp_path, 1, 2) == []
     assert path.read_bytes() == (HEADER + ROW + NEXT + b"2" + ROW[1:]).replace(b"\n", b"\r\n")
-    file = LogFile(tmp_path, say=print)
+    file = opened(tmp_path)
     assert file.supersede((0, 1), 1) == 2
     file.close()
     assert path.read_bytes() == (HEADER + ROW).replace(b"\n", b"\r\n")
     assert (tmp_path / "mixture.superseded-1.csv").read_bytes().count(b"\r\n") == 3
     path.unlink()
     file.open()
-    file.append_row(0, 0, 8, FIGURES)
+    file.append_row(0, 0, 8, *FIGURES)
     file.close()
     assert path.read_bytes() == HEADER + ROW
 
@@ -103,8 +108,8 @@ def test_torn_file_goes_on_behind_its_last_whole_row_and_loses_no_byte(tmp_path:
 def test_torn_row_takes_a_number_that_no_file_has_and_is_moved_once(tmp_path: Path) -> None:
     (tmp_path / "mixture.csv").write_bytes(HEADER + ROW + b"1,0,8,0.1")
     (tmp_path / "mixture.superseded-1.csv").write_bytes(b"earlier")
-    LogFile(tmp_path, say=print).open()
-    LogFile(tmp_path, say=print).open()
+    opened(tmp_path).open()
+    opened(tmp_path).open()
     assert (tmp_path / "mixture.superseded-2.csv").read_bytes() == HEADER + b"1,0,8,0.1"
     assert not (tmp_path / "mixture.superseded-3.csv").exists()
 
@@ -118,15 +123,15 @@ POSITIONS = [(0, 0), (1, 5), (0, 1), (2, 0), (0, 9), (1, 1)]  # of several runs
 def test_supersede_moves_rows_at_or_behind_a_position_wherever_they_stand(
     tmp_path: Path, position: tuple[int, int]
 ) -> None:
-    file = LogFile(tmp_path, say=print)
+    file = opened(tmp_path)
     file.open()
     for epoch, step in POSITIONS:
-        file.append_row(step, epoch, 8, FIGURES)
+        file.append_row(step, epoch, 8, *FIGURES)
     moved = [at for at in POSITIONS if at >= position]
     kept = [at for at in POSITIONS if at < position]
     assert file.supersede(position, 3) == len(moved)
-    assert file.last == (kept[-1] if kept else None)
-    file.append_row(7, 7, 8, FIGURES)
+    assert file.last == (kept[-1] if kept else NOWHERE)
+    file.append_row(7, 7, 8, *FIGURES)
     file.close()
     log = read_log(tmp_path)
     assert list(zip(log["epoch"], log["step"], strict=True)) == [*kept, (7, 7)]
@@ -139,7 +144,7 @@ def test_supersede_moves_rows_at_or_behind_a_position_wherever_they_stand(
 def test_supersede_keeps_other_rows_byte_for_byte(tmp_path: Path) -> None:
     kept = b"0,0,8,0.50,0.5,2.0,1\r\ndamaged\n 1,0,8,1e-3,nan,2,1\n"
     (tmp_path / "mixture.csv").write_bytes(HEADER + b"7" + ROW[1:] + kept)
-    file = LogFile(tmp_path, say=print)
+    file = opened(tmp_path)
     assert file.supersede((0, 2), 1) == 1
     file.close()
     assert (tmp_path / "mixture.csv").read_bytes() == HEADER + kept
@@ -157,10 +162,10 @@ def test_read_log_gives_back_what_was_appended(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, ...]]
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
-    file = LogFile(folder, say=print)
+    file = opened(folder)
     file.open()
     for step, epoch, K, *figures in rows:
-        file.append_row(int(step), int(epoch), int(K), tuple(figures))  # type: ignore[arg-type]
+        file.append_row(int(step), int(epoch), int(K), *figures)
     file.close()
     found = read_log(folder)
     assert list(found) == COLUMNS

@@ -43,7 +43,7 @@ class Scores(ScoresFile):
 
 
 def opened(folder: Path) -> ScoresFile:
-    return Scores(folder, say=warnings.warn)
+    return Scores(folder / "mixture_scores.pt", say=warnings.warn)
 
 
 def write(folder: Path, *steps: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixture_torch import read_log, read_scores
-from mixture_torch.files.shards import ShardFolder
+from mixture_torch.files.shards import ShardFolder, load_entry, score_entry
 from tests.files.conftest import Disk
 from tests.files.recording import said
 from tests.wrapper.samples import contents, estimator, log_steps
@@ -17,9 +17,9 @@ R = torch.full((3, 2), 0.5)
 
 def write(folder: Path, *positions: tuple[int, int], say: list[str] | None = None) -> ShardFolder:
     """Writes an entry for each (epoch, step)."""
-    shards = ShardFolder(folder, say=[].append if say is None else say.append)
+    shards = ShardFolder(folder / "mixture_scores", load_entry, say=[].append if say is None else say.append)
     for epoch, step in positions:
-        shards.write(step, epoch, R)
+        shards.write(score_entry(step, epoch, R))
     return shards
 
 
@@ -29,7 +29,7 @@ def found(folder: Path) -> list[tuple[int, int]]:
 
 def test_shard_is_one_entry_that_torch_loads(tmp_path: Path) -> None:
     view = torch.arange(2_000_000.0, dtype=torch.float64).reshape(2, 1_000_000).T[::400_000].requires_grad_()
-    ShardFolder(tmp_path, say=print).write(123, 4, view)
+    write(tmp_path).write(score_entry(123, 4, view))
     assert list(contents(tmp_path)) == ["mixture_scores/step_000123.pt"]
     path = tmp_path / "mixture_scores" / "step_000123.pt"
     assert path.stat().st_size < 10_000  # without what it is a view of
@@ -53,7 +53,7 @@ def test_shard_that_does_not_fit_leaves_the_old_one(tmp_path: Path, disk_with_ro
     shards = write(tmp_path, (0, 0))
     before = contents(tmp_path)
     with disk_with_room_for(10_000), pytest.raises(OSError, match="too large"):
-        shards.write(0, 0, torch.zeros(1000, 8))
+        shards.write(score_entry(0, 0, torch.zeros(1000, 8)))
     assert contents(tmp_path) == before
 
 

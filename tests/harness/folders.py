@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_torch import MixtureStats, read_log, read_scores
-from mixture_torch.files.log import read_lines
+from mixture_torch.files.log import HEADER, read_lines
 from mixture_torch.files.scores import read_entries
 from mixture_torch.files.shards import ScoreEntry, load_entry
 
@@ -152,7 +152,7 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
 
 
 def _rows(path: Path) -> list[Item]:
-    lines = read_lines(path).rows
+    lines = read_lines(path, HEADER).rows
     places = [(int(epoch), int(step)) for step, epoch, _ in (line.split(b",", 2) for line in lines)]
     if path.name == "mixture.csv":
         log = read_log(path.parent)
