@@ -205,7 +205,7 @@ class Mixture:
         R, n_ignored = weight.new_zeros(1, K).expand(N, K), weight.new_full((), N, dtype=torch.int64)
         self._early = [] if so_far is None else self._early
         outcome = _Outcome(state, _results(state.moments, R, n_ignored), None, state.moments.covariance, True, waiting)
-        return self._commit(outcome, so_far, N)._replace(n_ignored=0)  # the user is told of the memory instead
+        return self._commit(outcome, so_far, N)._replace(report=None, n_ignored=0)  # the user hears of memory
 
     def _commit(self, outcome: _Outcome, so_far: StepStats | None, n_rows: int | Tensor) -> Updated:
         """Makes the step the estimator's, and returns its statistics for the reader."""
