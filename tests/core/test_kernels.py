@@ -280,9 +280,7 @@ def test_absorb_of_coinciding_rows_has_no_covariance(value: float) -> None:
 # What is logged
 
 
-@pytest.mark.parametrize(
-    ("D", "K", "scale"), [(3, 1, 1.0), (1, 5, 1e13), (65, 3, 1e-15), (130, 20, 1.0), (20, 128, 1.0)]
-)
+@pytest.mark.parametrize(("D", "K", "scale"), [(3, 1, 1.0), (1, 5, 1e13), (65, 3, 1e-15), (20, 128, 1.0)])
 def test_summary_is_what_moments_derive(D: int, K: int, scale: float) -> None:
     weight, mean, _ = history(K, D)
     weight, mean = weight + 0.1, mean * scale

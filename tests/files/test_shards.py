@@ -8,7 +8,6 @@ import torch
 
 from mixture_torch import read_log, read_scores
 from mixture_torch.files.shards import ShardFolder
-from tests.files.conftest import Disk
 from tests.files.recording import said
 from tests.wrapper.samples import contents, estimator, log_steps
 
@@ -47,14 +46,6 @@ def test_shards_that_are_replaced_are_warned_about_once(tmp_path: Path) -> None:
         "without a warning."
     ]
     assert found(tmp_path) == [(9, 0), (9, 1), (9, 2)]
-
-
-def test_shard_that_does_not_fit_leaves_the_old_one(tmp_path: Path, disk_with_room_for: Disk) -> None:
-    shards = write(tmp_path, (0, 0))
-    before = contents(tmp_path)
-    with disk_with_room_for(10_000), pytest.raises(OSError, match="too large"):
-        shards.write(0, 0, torch.zeros(1000, 8))
-    assert contents(tmp_path) == before
 
 
 def test_shard_leaves_a_file_that_is_no_entry(tmp_path: Path) -> None:
