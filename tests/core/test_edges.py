@@ -73,6 +73,17 @@ def test_rows_whose_squares_vanish_stay_finite(scale: float) -> None:
     assert relative_error(stats.pi.sum(), torch.tensor(1.0)) <= FLOAT32
 
 
+@pytest.mark.parametrize("value", [2e13, 3e38])
+def test_rows_too_large_to_square_are_ignored(value: float) -> None:
+    x = gaussians(0, N=60, D=5, K=4).embeddings
+    state, _ = step(init(MixtureConfig(K=4), x), x)
+    huge = x.clone()
+    huge[7, 2] = value
+    new, stats = step(state, huge)
+    assert stats.n_ignored == 1
+    assert_moments_close(new.moments, step(state, x[torch.arange(60) != 7])[0].moments, FLOAT32)
+
+
 @pytest.mark.parametrize("value", [1e12, -1.7e13])
 def test_rows_just_small_enough_to_square_give_finite_statistics(value: float) -> None:
     x = torch.full((4096, 64), value)

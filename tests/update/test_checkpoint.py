@@ -82,6 +82,7 @@ def test_load_state_dict_from_before_the_first_update_forgets_all() -> None:
     wrapper = run(estimator(), range(2))
     wrapper.load_state_dict(estimator().state_dict())
     assert wrapper.state is None
+    assert not wrapper.stats
     assert all_bits(run(wrapper, range(3))) == all_bits(run(estimator(), range(3)))
 
 
