@@ -28,7 +28,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # Calls before which the run is killed, each in another process that resumes it.
 KILLS: dict[str, list[tuple[str, int]]] = {
     "inside the first checkpoint": [("replace", 2)],  # the first replaces config.yaml
-    "three times": [("log_step", 6), ("log_step", EPOCH + 2), ("log_step", 3)],
+    "twice": [("log_step", EPOCH + 2), ("log_step", 3)],
 }
 
 

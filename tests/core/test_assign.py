@@ -55,6 +55,12 @@ def test_assignments_beside_an_outlier_equal_the_oracle(outlier: float) -> None:
     assert torch.equal(index(assign(state_at(means), x))[1:], expected[1:])
 
 
+@pytest.mark.parametrize("centroids", [[1.0, 3.0], [3.0, 1.0], [3.0, 1.0, 3.0, 1.0]])
+def test_tie_between_centroids_goes_to_the_lowest_index(centroids: list[float]) -> None:
+    R, _ = lloyd(torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor(centroids)[:, None], iterations=1)
+    assert index(R).tolist() == [centroids.index(1.0), 0, centroids.index(3.0)]
+
+
 @pytest.mark.parametrize(("K", "D", "N"), [(2, 3, 64), (9, 16, 513), (17, 33, 64), (33, 16, 2), (33, 128, 513)])
 def test_tie_between_equal_centroids_goes_to_the_lowest_index(K: int, D: int, N: int) -> None:
     generator = torch.Generator().manual_seed(K * D * N)

@@ -90,13 +90,12 @@ def test_vmap_of_assign_and_merge_equals_a_loop() -> None:
 # compile
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]])
-def test_compiled_step_equals_plain_step(config: MixtureConfig) -> None:
-    state, (x, labels) = warm(config, 0), batch(10)
+def test_compiled_step_equals_plain_step() -> None:
+    state, (x, labels) = warm(CONFIGS[0], 0), batch(10)
     assert_results_close(torch.compile(step, fullgraph=True)(state, x, labels), step(state, x, labels))
 
 
-@pytest.mark.parametrize("config", CONFIGS[1:3])
+@pytest.mark.parametrize("config", CONFIGS[1:])
 def test_compiled_steps_are_one_graph(config: MixtureConfig) -> None:
     counter = CompileCounter()
     compiled = torch.compile(step, fullgraph=True, backend=counter)

@@ -162,6 +162,14 @@ def test_rows_that_go_back_are_kept_with_one_warning_each_time(tmp_path: Path) -
     assert len(places(tmp_path)) == 11
 
 
+def test_row_of_the_step_before_is_kept_with_a_warning(tmp_path: Path) -> None:
+    one = Writer(tmp_path)
+    with pytest.warns(UserWarning, match="has rows up to epoch 0, step 1; step 1 of epoch 0 is appended"):
+        one.log(1, 1)
+    one.close()
+    assert places(tmp_path) == [(0, 1)] * 2
+
+
 # A disk that fails
 
 

@@ -26,8 +26,9 @@ def found(folder: Path) -> list[tuple[int, int]]:
     return [(entry["epoch"], entry["step"]) for entry in read_scores(folder)]
 
 
-def test_shard_is_one_entry_that_torch_loads(tmp_path: Path) -> None:
-    view = torch.arange(2_000_000.0, dtype=torch.float64).reshape(2, 1_000_000).T[::400_000].requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shard_is_one_entry_that_torch_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    view = torch.arange(2_000_000.0, dtype=dtype).reshape(2, 1_000_000).T[::400_000].requires_grad_()
     ShardFolder(tmp_path, say=print).write(123, 4, view)
     assert list(contents(tmp_path)) == ["mixture_scores/step_000123.pt"]
     path = tmp_path / "mixture_scores" / "step_000123.pt"
