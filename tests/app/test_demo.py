@@ -77,13 +77,16 @@ def test_views_of_an_image_differ_and_are_repeated_by_their_seed() -> None:
     first, second = view(images, generator=generator), view(images, generator=generator)
     assert not (first == second).flatten(1).all(dim=1).any()
     assert torch.equal(view(images, generator=torch.Generator().manual_seed(0)), first)
+    assert view(0 * images, generator=generator).any()  # noise
 
 
 def test_report_counts_what_a_component_was_assigned() -> None:
     labels = torch.tensor([3, 3, 1, 1, 1, 3])
     R = torch.eye(3)[[0, 0, 0, 2, 2, 2]]
     x = torch.arange(12.0).view(6, 2)
-    first, empty, last = summarise(batch_moments(x, R), R, labels).components
+    report = summarise(batch_moments(x, R), R, labels)
+    first, empty, last = report.components
+    assert report.mean_purity == pytest.approx(2 / 3)
     assert (first.n_samples, first.label, first.purity) == (3, 3, pytest.approx(2 / 3))
     assert (empty.n_samples, empty.label) == (0, None)
     assert (last.n_samples, last.label, last.purity) == (3, 1, pytest.approx(2 / 3))

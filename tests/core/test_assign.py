@@ -1,7 +1,5 @@
 """Responsibilities from k-means and from labels."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixture_core import MixtureConfig, MixtureState, Moments, assign, lloyd, responsibilities_from_labels
-from mixture_core.testing import Mixture, embeddings, labels, mixtures, oracle_lloyd, oracle_nearest
+from mixture_core.testing import Mixture, labels, mixtures, oracle_lloyd, oracle_nearest
 from tests.core.common import gaussians, unit_norm_mixtures
-from tests.tolerances import FLOAT32, FLOAT64, relative_error
+from tests.tolerances import FLOAT64, relative_error
 
 
 def index(R: Tensor) -> Tensor:
@@ -57,18 +55,10 @@ def test_assignments_beside_an_outlier_equal_the_oracle(outlier: float) -> None:
     assert torch.equal(index(assign(state_at(means), x))[1:], expected[1:])
 
 
-@given(embeddings(N=(1, 32), D=3, with_bad_rows=True), st.data())
-def test_rows_are_assigned_to_one_component_or_to_nobody(x: Tensor, data: st.DataObject) -> None:
-    centroids = data.draw(embeddings(N=(1, 5), D=3))
-    R, _ = lloyd(x, centroids, iterations=2)
-    usable = (x.abs() < 1e13).all(dim=1)
-    assert torch.equal(R.sum(dim=1), usable.float())
-    assert ((R == 0) | (R == 1)).all()
-
-
-def test_tie_between_centroids_goes_to_the_lowest_index() -> None:
-    R, _ = lloyd(torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[3.0], [1.0], [3.0], [1.0]]), iterations=1)
-    assert index(R).tolist() == [1, 0, 0]
+@pytest.mark.parametrize("centroids", [[1.0, 3.0], [3.0, 1.0], [3.0, 1.0, 3.0, 1.0]])
+def test_tie_between_centroids_goes_to_the_lowest_index(centroids: list[float]) -> None:
+    R, _ = lloyd(torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor(centroids)[:, None], iterations=1)
+    assert index(R).tolist() == [centroids.index(1.0), 0, centroids.index(3.0)]
 
 
 @pytest.mark.parametrize(("K", "D", "N"), [(2, 3, 64), (9, 16, 513), (17, 33, 64), (33, 16, 2), (33, 128, 513)])
@@ -90,16 +80,6 @@ def test_lloyd_equals_the_oracle(mixture: Mixture, iterations: int, data: st.Dat
     expected_R, expected = oracle_lloyd(x, start, iterations=iterations)
     assert torch.equal(R, expected_R)
     assert relative_error(centroids, expected) <= FLOAT64
-
-
-@given(embeddings(N=(1, 32), D=3), embeddings(N=(1, 5), D=3), st.integers(1, 3))
-def test_lloyd_never_raises_the_inertia(x: Tensor, start: Tensor, iterations: int) -> None:
-    inertias = [torch.cdist(x.double(), start.double()).amin(dim=1).square().sum()]
-    for more in range(iterations):
-        _, centroids = lloyd(x, start, iterations=more + 1)
-        inertias.append(torch.cdist(x.double(), centroids.double()).amin(dim=1).square().sum())
-    for before, after in pairwise(inertias):
-        assert after <= before * (1 + FLOAT32) + FLOAT32  # points that coincide have inertia 0, but for rounding
 
 
 def test_lloyd_leaves_a_centroid_without_rows_where_it_was() -> None:

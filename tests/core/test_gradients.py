@@ -48,17 +48,7 @@ def differences(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", ["trace_B", "opnorm_B", "participation_ratio"])
-def test_grad_of_a_scalar_equals_finite_differences(config: MixtureConfig, name: str) -> None:
-    state, x, labels = problem(config)
-    function = reading(state, labels, name)
-    gradient = grad(function)(x)
-    assert relative_error(gradient, differences(function, x)) <= FINITE_DIFFERENCES
-    assert not gradient[BAD].any()
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", ["mu", "Sigma", "B"])
+@pytest.mark.parametrize("name", [name for name in DERIVED if name != "pi"])
 def test_jacrev_of_a_statistic_equals_finite_differences(config: MixtureConfig, name: str) -> None:
     state, x, labels = problem(config)
     function = reading(state, labels, name)
@@ -82,7 +72,7 @@ def test_forward_and_reverse_derivatives_agree(config: MixtureConfig, name: str)
     assert difference.abs() <= 10 * FLOAT64 * (1 + (gradient * tangent).abs().sum())
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS[::2])
 @pytest.mark.parametrize("name", ["trace_B", "participation_ratio"])
 def test_hessian_of_a_scalar_equals_finite_differences_of_its_gradient(config: MixtureConfig, name: str) -> None:
     state, x, labels = problem(config)
@@ -101,17 +91,6 @@ def test_grad_with_respect_to_the_state_equals_finite_differences() -> None:
         return step(MixtureState(config=SUPERVISED, moments=moments), x, labels)[1].participation_ratio
 
     assert relative_error(grad(function)(state.moments.mean), differences(function, state.moments.mean)) <= 1e-7
-
-
-def test_grad_through_two_steps_equals_finite_differences() -> None:
-    state, x, labels = problem(CONFIGS[2])
-
-    def function(rows: Tensor) -> Tensor:
-        middle, _ = step(state, rows, labels)
-        return step(middle, rows.flip(0) * 1.01, labels)[1].trace_B
-
-    x = x.nan_to_num()  # the product with 1.01 would carry a NaN into the gradient outside of the core
-    assert relative_error(grad(function)(x), differences(function, x)) <= FINITE_DIFFERENCES
 
 
 # Soft responsibilities

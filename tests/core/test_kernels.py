@@ -27,7 +27,7 @@ from tests.tolerances import FAR_FROM_ZERO, FLOAT32, relative_error
 INSTALLED = importlib.util.find_spec("triton") is not None
 DEVICE = "cpu" if kernels.INTERPRETED or not torch.cuda.is_available() else "cuda"
 READY = kernels.INTERPRETED or DEVICE == "cuda"
-SHAPES = [(300, 3, 5), (67, 65, 3), (150, 130, 2), (40, 1, 1), (1, 3, 2), (3, 2, 20), (130, 4, 70), (0, 3, 2)]
+SHAPES = [(67, 65, 3), (150, 130, 2), (1, 1, 1), (80, 4, 66), (0, 3, 2)]
 ODD_VALUES = [float("nan"), float("inf"), -float("inf"), 1e20]
 
 ANYWHERE = ("test_kernels_pass_in_the_interpreter", "test_a_gpu_without_a_compiler_is_told_of_and_done_without")
@@ -128,8 +128,7 @@ def test_nearest_is_right_far_from_zero(spread: float, offset: float) -> None:
     assert torch.equal(index.cpu(), torch.arange(6, dtype=torch.int32).repeat(40))
 
 
-@pytest.mark.parametrize("distance", [1e2, 1e5, 1e7])
-@pytest.mark.parametrize("D", [16, 70])
+@pytest.mark.parametrize(("D", "distance"), [(16, 1e2), (70, 1e5), (16, 1e7)])
 def test_nearest_is_right_in_groups_far_apart(D: int, distance: float) -> None:
     x, means = batch(400, D, 8)
     x[::2, 3] += distance
@@ -142,7 +141,7 @@ def test_nearest_is_right_in_groups_far_apart(D: int, distance: float) -> None:
 
 @pytest.mark.parametrize(("D", "K"), [(3, 5), (65, 140)])
 def test_nearest_of_equal_centroids_is_the_first(D: int, K: int) -> None:
-    x, centroids = batch(100, D, K)
+    x, centroids = batch(20, D, K)
     centroids = centroids[torch.arange(K) % 3]
     index, _ = nearest(x, centroids)
     assert index.max() <= 2
@@ -151,8 +150,8 @@ def test_nearest_of_equal_centroids_is_the_first(D: int, K: int) -> None:
 
 
 @pytest.mark.parametrize("value", ODD_VALUES)
-@pytest.mark.parametrize(("D", "K"), [(3, 4), (65, 70)])
-def test_nearest_of_a_row_that_is_not_usable_is_nobody(value: float, D: int, K: int) -> None:
+def test_nearest_of_a_row_that_is_not_usable_is_nobody(value: float) -> None:
+    D, K = 65, 66
     x, centroids = batch(50, D, K)
     expected, _ = nearest(x, centroids)
     expected[[7, 49]] = K
@@ -171,12 +170,11 @@ def test_group_is_a_stable_counting_sort(N: int, K: int) -> None:
         assert order[offsets[k] : offsets[k + 1]].tolist() == (index == k).nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_lloyd_by_kernels_equals_the_definition(iterations: int) -> None:
+def test_lloyd_by_kernels_equals_the_definition() -> None:
     x, centroids = batch(300, 16, 5)
     x[7, 3], centroids[4] = ODD_VALUES[0], 1e4  # a row that is ignored, and a centroid without rows
-    index, R = _by_kernels(x, centroids, iterations)
-    expected = _by_differences(x, centroids, iterations)
+    index, R = _by_kernels(x, centroids, 3)
+    expected = _by_differences(x, centroids, 3)
     assert torch.equal(index.long(), expected)
     assert torch.equal(R, torch.nn.functional.one_hot(expected, 6)[:, :5].float())
 
@@ -202,6 +200,7 @@ def test_component_means_are_the_means(N: int, D: int, K: int, offset: float) ->
 def test_absorb_is_the_union_of_history_and_batch(N: int, D: int, K: int) -> None:
     x, _ = batch(N, D, K)
     index, (weight, mean, covariance) = ragged(N, K), history(K, D)
+    x[index == K] = float("nan")
     weight_ab, mean_ab, _, covariance_ab = absorb(weight, mean, covariance, x, *group(index, K))
     for k in range(K):
         rows = rows_of(x, index, k)
@@ -228,17 +227,6 @@ def test_absorb_of_no_history_is_the_batch_wherever_it_lies(offset: float, sprea
     assert torch.equal(covariance_ab[1].tril(), covariance[1].tril())
 
 
-def test_absorb_far_from_zero_is_the_union_with_history_there() -> None:
-    x, _ = batch(200, 35, 1, offset=1000.0)
-    weight, mean, covariance = history(1, 35)
-    mean += 1000
-    index = torch.zeros(200, dtype=torch.int32, device=DEVICE)
-    results = absorb(weight, mean, covariance, x, *group(index, 1))
-    expected_mean, expected = union(weight[0], mean[0], covariance[0], x.double())
-    assert relative_error(results[1][0], expected_mean) <= FLOAT32
-    assert relative_error(results[3][0].tril(), expected.tril()) <= FLOAT32
-
-
 @pytest.mark.parametrize("weight", [0.0, 50.0, 1e6])
 def test_absorb_keeps_what_rounding_takes_from_the_mean(weight: float) -> None:
     x, _ = batch(200, 35, 1, offset=1e4)
@@ -252,17 +240,6 @@ def test_absorb_keeps_what_rounding_takes_from_the_mean(weight: float) -> None:
     expected = history + (x.double().mean(dim=0) - history) * (200 / (200 + weight))
     assert torch.equal(new, (new.double() + left).float())
     assert (new.double() + left - expected).abs().max() <= FLOAT32
-
-
-@pytest.mark.parametrize("D", [3, 65])
-def test_absorb_keeps_an_absent_component_to_the_bit(D: int) -> None:
-    x, _ = batch(60, D, 4)
-    weight, mean, covariance = history(4, D)
-    weight[3] = 0.0
-    index = torch.zeros(60, dtype=torch.int32, device=DEVICE)
-    results = absorb(weight, mean, covariance, x, *group(index, 4))
-    for new, old in zip((*results[:2], results[3]), (weight, mean, covariance.tril()), strict=True):
-        assert torch.equal((new.tril() if new.ndim == 3 else new)[1:], old[1:])
 
 
 def test_absorb_in_place_is_absorb_and_leaves_absent_components_alone() -> None:
@@ -300,25 +277,10 @@ def test_absorb_of_coinciding_rows_has_no_covariance(value: float) -> None:
     assert results[3].tril().abs().max() <= (torch.finfo(torch.float32).eps * value) ** 2
 
 
-def test_absorb_ignores_rows_that_are_not_usable() -> None:
-    x, centroids = batch(90, 5, 3)
-    x[::10] = torch.tensor(ODD_VALUES[0], device=DEVICE)
-    x[5, 2] = 1e20
-    index, _ = nearest(x, centroids)
-    weight, mean, covariance = history(3, 5)
-    results = absorb(weight, mean, covariance, x, *group(index, 3))
-    assert float(results[0].sum() - weight.sum()) == pytest.approx(80, rel=FLOAT32)
-    for k in range(3):
-        expected_mean, expected = union(weight[k], mean[k], covariance[k], rows_of(x, index, k))
-        assert relative_error(results[1][k], expected_mean) <= FLOAT32
-        assert relative_error(results[3][k].tril(), expected.tril()) <= FLOAT32
-
-
 # What is logged
 
 
-@pytest.mark.parametrize(("D", "K"), [(3, 1), (1, 5), (65, 3), (130, 20), (7, 40), (20, 128)])
-@pytest.mark.parametrize("scale", [1.0, 1e13, 1e-15])
+@pytest.mark.parametrize(("D", "K", "scale"), [(3, 1, 1.0), (1, 5, 1e13), (65, 3, 1e-15), (20, 128, 1.0)])
 def test_summary_is_what_moments_derive(D: int, K: int, scale: float) -> None:
     weight, mean, _ = history(K, D)
     weight, mean = weight + 0.1, mean * scale
@@ -339,7 +301,7 @@ def test_summary_is_exact_far_from_zero() -> None:
 def test_summary_of_coinciding_means_has_no_spread() -> None:
     actual = summary(torch.ones(3, device=DEVICE), torch.full((3, 4), 0.1, device=DEVICE))
     assert relative_error(actual[:2], torch.full((2,), 1 / 3, device=DEVICE)) <= FLOAT32
-    assert actual[2:].abs().max() <= torch.finfo(torch.float32).eps ** 2
+    assert actual[2:].abs().max() <= (torch.finfo(torch.float32).eps * 0.1) ** 2
 
 
 def test_summary_without_weight_is_0() -> None:
@@ -355,35 +317,15 @@ def test_kernels_are_usable_on_float32_alone() -> None:
 
 
 def test_kernels_repeat_bit_for_bit() -> None:
-    x, centroids = batch(300, 65, 4)
-    index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)
+    x, centroids = batch(100, 65, 2)
+    index, (weight, mean, covariance) = ragged(100, 2), history(2, 65)
 
     def once() -> list[Tensor]:
         index_again, _ = nearest(x, centroids)
-        results = absorb(weight, mean, covariance, x, *group(index, 4))
+        results = absorb(weight, mean, covariance, x, *group(index, 2))
         return [index_again, *results[:3], results[3].tril(), summary(weight, mean)]
 
     for first, second in zip(once(), once(), strict=True):
-        assert torch.equal(first, second)
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-def test_kernels_can_be_held_by_a_graph() -> None:
-    x, centroids = batch(300, 65, 4)
-    index, (weight, mean, covariance) = ragged(300, 4), history(4, 65)
-
-    def once() -> list[Tensor]:
-        index_again, _ = nearest(x, centroids)
-        order, offsets = group(index, 4)
-        results = absorb(weight, mean, covariance, x, order, offsets)
-        return [index_again, *results[:3], results[3].tril(), summary(weight, mean)]
-
-    expected = once()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = once()
-    graph.replay()
-    for first, second in zip(held, expected, strict=True):
         assert torch.equal(first, second)
 
 

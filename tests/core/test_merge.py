@@ -40,12 +40,6 @@ def test_merge_equals_the_oracle(data: st.DataObject, options: dict[str, Any], t
     assert_moments_close(merge(a, b), oracle_merge(a, b), tolerance)
 
 
-@given(states(**SAME_SIZE), states(**SAME_SIZE))
-def test_merge_is_commutative(a: MixtureState, b: MixtureState) -> None:
-    forth, back = merge(a.moments, b.moments), merge(b.moments, a.moments)
-    assert_moments_close(occupied(forth), occupied(back), FLOAT32)
-
-
 @given(states(**SAME_SIZE))
 def test_merge_with_nothing_keeps_every_bit(state: MixtureState) -> None:
     assert_same_bits(merge(state.moments, nothing_like(state.moments)), state.moments)
@@ -79,11 +73,3 @@ def test_decay_scales_the_weight_and_nothing_else(state: MixtureState, factor: f
     m = state.moments
     scaled = decay(m, factor)
     assert_same_bits(scaled, Moments(weight=m.weight * factor, mean=m.mean, covariance=m.covariance))
-
-
-@given(embeddings(N=(1, 16), D=3), embeddings(N=(1, 16), D=3), st.data())
-def test_merge_after_decay_is_one_batch_with_lighter_old_rows(old: Tensor, new: Tensor, data: st.DataObject) -> None:
-    R_old, R_new = data.draw(soft(N=old.shape[0], K=3)), data.draw(soft(N=new.shape[0], K=3))
-    merged = merge(decay(batch_moments(old, R_old), 0.75), batch_moments(new, R_new))
-    whole = batch_moments(torch.cat([old, new]), torch.cat([0.75 * R_old, R_new]))
-    assert_moments_close(occupied(merged), whole, FLOAT32)

@@ -133,10 +133,6 @@ def test_nothing_moves_where_nothing_may(options: dict[str, object]) -> None:
     assert n_relocated == 0
 
 
-def test_a_state_without_weight_moves_nothing() -> None:
-    assert relocate(state_of(gaussians(0).means, weight=torch.zeros(K)))[1] == 0
-
-
 def test_halves_of_a_light_component_are_not_dead() -> None:
     weight, mean = torch.tensor([100.0, 0.0, 0.8, 100.0]), torch.tensor([[0.0], [3.0], [50.0], [10.0]])
     moments = Moments(weight=weight, mean=mean, covariance=torch.tensor([1.0, 1.0, 1e6, 1.0])[:, None, None])

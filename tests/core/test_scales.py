@@ -37,7 +37,7 @@ def assert_nearest(R: Tensor, x: Tensor, means: Tensor) -> None:
 
 @pytest.mark.parametrize("apart", [2.0, 10.0])
 @pytest.mark.parametrize("D", [16, 128])
-@pytest.mark.parametrize("distance", [1e2, 1e3, 1e4, 1e5, 1e7])
+@pytest.mark.parametrize("distance", [1e2, 1e4, 1e7])
 def test_rows_of_groups_far_apart_belong_to_their_nearest_mean(distance: float, D: int, apart: float) -> None:
     x, means = groups(distance, D, apart=apart)
     moments = Moments(weight=torch.ones(8), mean=means, covariance=torch.zeros(8, D, D))
@@ -68,7 +68,7 @@ def test_means_of_groups_far_apart_are_right_to_the_last_digit() -> None:
 # Long windows far from 0
 
 
-@pytest.mark.parametrize(("ema_decay", "steps"), [(0.95, 200), (0.999, 2000), (0.9999, 2000)])
+@pytest.mark.parametrize(("ema_decay", "steps"), [(0.95, 200), (0.9999, 2000)])
 def test_mean_and_covariance_follow_a_shift_far_from_zero(ema_decay: float, steps: int) -> None:
     D, generator = 4, torch.Generator().manual_seed(0)
     config = MixtureConfig(K=1, ema_decay=ema_decay)
@@ -89,8 +89,7 @@ def test_mean_and_covariance_follow_a_shift_far_from_zero(ema_decay: float, step
 # Many rows
 
 
-@pytest.mark.parametrize("K", [1, 4])
-@pytest.mark.parametrize(("N", "D"), [(1_000_000, 1), (1_000_000, 8), (4_000_000, 1), (4_000_000, 2)])
+@pytest.mark.parametrize(("N", "D", "K"), [(1_000_000, 8, 1), (4_000_000, 1, 1), (4_000_000, 2, 4)])
 def test_covariance_of_millions_of_rows_is_exact(N: int, D: int, K: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, index = torch.randn(N, D, generator=generator) + 3, torch.randint(K, (N,), generator=generator)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixture_core import MixtureConfig, MixtureState, Moments, assign, batch_moments, init, step
+from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, init, step
 from mixture_core.testing import Mixture, embeddings, labels, mixtures, oracle_derived, oracle_step, states
 from tests.core.common import assert_moments_close, assert_same_bits, gaussians, unit_norm_mixtures
 from tests.tolerances import FAR_FROM_ZERO, FLOAT32, FLOAT64, relative_error
@@ -63,10 +63,6 @@ def test_step_after_step_equals_the_oracle(mode: dict[str, str], mixture: Mixtur
 
 @given(unit_norm_mixtures())
 def test_steps_of_unit_norm_rows_of_small_spread_equal_the_oracle(mixture: Mixture) -> None:
-    assert_statistics_like_oracle(mixture)
-
-
-def assert_statistics_like_oracle(mixture: Mixture) -> None:
     x, _, means = mixture
     state = expected = init(MixtureConfig(K=means.shape[0]), x)
     for rows in (x, x[::2], x[1::3]):
@@ -105,29 +101,16 @@ def test_modes_that_do_not_average_forget_the_steps_before(mode: dict[str, str])
     assert_same_bits(step(old, x, own)[0].moments, step(fresh, x, own)[0].moments)
 
 
-def test_component_without_rows_in_per_batch_mode_keeps_only_its_mean() -> None:
-    state = warm(MixtureConfig(K=3, mode="per_batch"))
+@pytest.mark.parametrize("mode", [MODES[1], *MODES[3:]])
+def test_component_without_rows_in_a_mode_that_does_not_average_keeps_its_mean_under_k_means_alone(
+    mode: dict[str, str],
+) -> None:
+    state = warm(config := MixtureConfig(K=3, **mode))
     own = state.moments.mean[1] + torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    new = step(state, own)[0].moments
+    new = step(state, own, torch.ones(20, dtype=torch.int64))[0].moments
     assert new.weight.tolist() == [0.0, 20.0, 0.0]
-    assert torch.equal(new.mean[[0, 2]], state.moments.mean[[0, 2]])
+    assert torch.equal(new.mean[[0, 2]], 0 * new.mean[[0, 2]] if config.uses_labels else state.moments.mean[[0, 2]])
     assert not new.covariance[[0, 2]].any()
-
-
-@pytest.mark.parametrize("mode", [MODES[3], MODES[4]])
-def test_component_without_labels_in_a_mode_that_does_not_average_is_zero(mode: dict[str, str]) -> None:
-    state = warm(MixtureConfig(K=3, **mode))
-    new = step(state, torch.randn(20, 3), torch.ones(20, dtype=torch.int64))[0].moments
-    assert new.weight.tolist() == [0.0, 20.0, 0.0]
-    assert not new.mean[[0, 2]].any()
-    assert not new.covariance[[0, 2]].any()
-
-
-def test_assign_gives_the_nearest_mean_of_the_state() -> None:
-    state = warm(MixtureConfig(K=4, max_assign_iters=5))
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * 10
-    nearest = torch.cdist(x.double(), state.moments.mean.double()).argmin(dim=1)
-    assert torch.equal(assign(state, x).argmax(dim=1), nearest)
 
 
 # Rows that are ignored

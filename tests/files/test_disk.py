@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mixture_torch.files.disk import GrowingFile, move, write_atomically
-from tests.files.conftest import Disk
 from tests.files.recording import broken
 from tests.wrapper.samples import contents
 
@@ -29,26 +28,6 @@ class Pieces(GrowingFile):
         if not self.path.read_bytes().startswith(b"HEAD"[: self.path.stat().st_size]):
             raise ValueError("not ours")
         return self.path.stat().st_size // 4 * 4
-
-
-def test_growing_file_makes_nothing_before_the_first_piece(tmp_path: Path) -> None:
-    file = Pieces(tmp_path / "folder" / "file")
-    file.sync()
-    file.close()
-    assert not (tmp_path / "folder").exists()
-    file.write(b"1111")
-    assert contents(tmp_path) == {"folder/file": b"HEAD1111"}
-    file.close()
-
-
-def test_growing_file_goes_on_in_a_file_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"HEAD1111222")
-    file = Pieces(tmp_path / "file")
-    file.write(b"3333")
-    file.close()
-    file.write(b"4444")
-    file.close()
-    assert contents(tmp_path) == {"file": b"HEAD111133334444"}
 
 
 def test_growing_file_overwrites_a_tail_by_what_comes_next(tmp_path: Path) -> None:
@@ -94,21 +73,6 @@ def test_growing_file_leaves_one_that_is_not_ours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not ours"):
         Pieces(tmp_path / "file").write(b"1111")
     assert contents(tmp_path) == {"file": b"foreign"}
-
-
-def test_growing_file_takes_a_piece_whole_or_not_at_all(tmp_path: Path, disk_with_room_for: Disk) -> None:
-    file = Pieces(tmp_path / "file")
-    with disk_with_room_for(2), pytest.raises(OSError, match="too large"):
-        file.write(b"1111")
-    file.write(b"1111")
-    with disk_with_room_for(10):
-        for is_tail in (False, True):
-            with pytest.raises(OSError, match="too large"):
-                file.write(b"2222", is_tail=is_tail)
-            assert contents(tmp_path) == {"file": b"HEAD1111"}
-    file.write(b"3333")
-    file.close()
-    assert contents(tmp_path) == {"file": b"HEAD11113333"}
 
 
 @pytest.mark.parametrize("durable", [False, True])

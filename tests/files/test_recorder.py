@@ -255,7 +255,7 @@ def test_second_thread_may_flush_and_close_at_any_time(tmp_path: Path, options: 
     thread = threading.Thread(target=work)
     thread.start()
     with said():
-        expected = trained(wrapper, 100)
+        expected = trained(wrapper, 50)
         ended.set()
         thread.join()
     sys.setswitchinterval(interval)
@@ -272,7 +272,7 @@ def test_signal_handler_that_flushes_beside_a_second_thread_ends(tmp_path: Path)
         estimator, x, is_busy = MixtureStats(K=2, enabled=True, log_dir={str(tmp_path)!r}), torch.randn(64, 4), []
 
         def train():
-            for step in range(300):
+            for step in range(100):
                 estimator.update(x)
                 estimator.log_step(step=step, epoch=0)
 
@@ -290,7 +290,7 @@ def test_signal_handler_that_flushes_beside_a_second_thread_ends(tmp_path: Path)
             estimator.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
         estimator.close()
-        assert read_log({str(tmp_path)!r})["step"].tolist() == list(range(300))
+        assert read_log({str(tmp_path)!r})["step"].tolist() == list(range(100))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
 

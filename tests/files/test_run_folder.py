@@ -258,17 +258,6 @@ def test_responsibilities_wait_up_to_a_bound_which_is_free_again_when_they_are_w
     assert [entry["step"] for entry in read_scores(tmp_path)] == [0, 1, 2, 10, 11, 12]
 
 
-def test_responsibilities_are_kept_as_they_were(tmp_path: Path) -> None:
-    one = Writer(tmp_path, "append")
-    R = torch.ones(2, 3)
-    one.open()
-    with said(), broken("write"):
-        one.write(run_folder.Row(0, 0, 3, 0.0, 0.0, 0.0, 0.0, R))
-    R.zero_()
-    one.close()
-    assert read_scores(tmp_path)[0]["responsibilities"].tolist() == [[1.0] * 3] * 2
-
-
 # Superseding
 
 
@@ -303,16 +292,3 @@ def test_resumed_run_that_records_nothing_again_is_silent(tmp_path: Path, folder
         one.close()
     assert set(contents(tmp_path)) == {"mixture.csv", "mixture_scores.pt"}
     assert messages == []
-
-
-def test_run_resumed_over_and_over_keeps_every_record(tmp_path: Path) -> None:
-    (tmp_path / "mixture_scores.superseded-2").mkdir()  # a number that is taken
-    for value in range(4):
-        with said():
-            (one := Writer(tmp_path, "append", resumes=True)).log(0, 1, value=float(value))
-            one.close()
-    for value, number in enumerate((1, 3, 4)):
-        rows = (tmp_path / f"mixture.superseded-{number}.csv").read_bytes()
-        assert rows == HEADER + line(0, value) + line(1, value)
-        listed = torch.load(tmp_path / f"mixture_scores.superseded-{number}.pt")
-        assert [plain(entry) for entry in listed] == [(0, 0, value), (0, 1, value)]

@@ -14,7 +14,6 @@ from torch import Tensor
 from mixture_torch import read_scores
 from mixture_torch.files.scores import ScoresFile
 from mixture_torch.files.scores_format import HEADER, INDEX, archive, pack, scan, tail
-from tests.files.conftest import Disk
 from tests.files.recording import said
 from tests.wrapper.samples import contents
 
@@ -138,23 +137,6 @@ def test_entries_are_float32_without_gradient_whatever_the_default_device(tmp_pa
         (entry,) = read_scores(tmp_path)
     stored = entry["responsibilities"]
     assert (stored.dtype, stored.device.type, stored.requires_grad) == (torch.float32, "cpu", False)
-
-
-@pytest.mark.parametrize("kept", [0, 400])
-def test_flush_or_entry_that_does_not_fit_costs_no_other(tmp_path: Path, disk_with_room_for: Disk, kept: int) -> None:
-    file = opened(tmp_path)
-    file.append_entry(0, 0, torch.zeros(1, 1))
-    before = contents(tmp_path)
-    with disk_with_room_for(START + RECORD + kept):
-        with pytest.raises(OSError, match="too large"):
-            file.flush()
-        with pytest.raises(OSError, match="too large"):
-            file.append_entry(1, 0, torch.zeros(1000, 8))
-    assert contents(tmp_path) == before
-    file.append_entry(2, 0, torch.zeros(1, 1))
-    file.flush()
-    file.close()
-    assert listed(tmp_path) == steps(tmp_path) == [0, 2]
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -128,15 +128,11 @@ class Touchy(Tensor):
 Spoil = Callable[[Tensor, Tensor], tuple[Any, Any]]
 FAULTS: dict[str, tuple[dict[str, Any], Spoil]] = {
     "another width": ({}, lambda x, labels: (torch.cat([x, x], dim=1), labels)),
-    "complex": ({}, lambda x, labels: (x * 1j, labels)),
     "no labels": (LABELLED, lambda x, labels: (x, None)),
-    "short labels": (LABELLED, lambda x, labels: (x, labels[1:])),
     "a label of K": (LABELLED, lambda x, labels: (x, labels + 3)),
-    "NumPy text": ({}, lambda x, labels: (x.numpy().astype(str), labels)),
     "an error that cannot be said": ({}, lambda x, labels: (Raising(Unspeakable()), labels)),
     "an error in no encoding": ({}, lambda x, labels: (Raising(ValueError("`embeddings` must \udcff")), labels)),
     "a subclass that raises": ({}, lambda x, labels: (x.as_subclass(Touchy), labels)),
-    "no tensor of rows": ({}, lambda x, labels: (x.to_sparse(), labels)),
     "unreadable": ({}, lambda x, labels: (Unreadable(), labels)),
 }
 

@@ -93,43 +93,28 @@ def batches(device: str) -> list[Tensor]:
     return [mixture(N, K=8, D=32, apart=3.0, seed=seed)[0].to(device) for seed, N in enumerate((200, 64, 5))]
 
 
-def run(inputs: list[Tensor]) -> tuple[MixtureStats, dict[str, Tensor]]:
+def run(inputs: list[Tensor], *, read: bool = True) -> tuple[MixtureStats, dict[str, Tensor]]:
     wrapper = estimator(K=8)
     for x in inputs:
         stats = wrapper.update(x)
-    return wrapper, dict(stats)
+    return wrapper, dict(stats) if read else {}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @surrounded
-def test_update_and_stats_read_inside_are_full_float32(surroundings: Surroundings, device: str) -> None:
+def test_updates_statistics_and_assignments_inside_are_full_float32(surroundings: Surroundings, device: str) -> None:
     inputs = batches(device)
-    plain = run(inputs)[1]
+    wrapper, plain = run(inputs)
+    assigned = wrapper.assign(inputs[1])
+    unread = run(inputs, read=False)[0]
     with surroundings(device):
-        found = run(inputs)[1]
-    assert_close(found, plain)
-    assert {key: value.dtype for key, value in found.items()} == {key: value.dtype for key, value in plain.items()}
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@surrounded
-def test_stats_of_an_update_outside_are_full_float32_inside(surroundings: Surroundings, device: str) -> None:
-    wrapper, plain = run(batches(device))
-    with surroundings(device):
-        found = {key: value.clone() for key, value in wrapper.stats.items()}
-    assert_close(found, plain)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@surrounded
-def test_assign_inside_is_full_float32(surroundings: Surroundings, device: str) -> None:
-    wrapper, _ = run(batches(device))
-    x = batches(device)[1]
-    plain = wrapper.assign(x)
-    with surroundings(device):
-        found = wrapper.assign(x)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, plain)
+        found, late = run(inputs)[1], {key: value.clone() for key, value in unread.stats.items()}
+        assigned_inside = wrapper.assign(inputs[1])
+    for values in (found, late):
+        assert_close(values, plain)
+        assert {key: value.dtype for key, value in values.items()} == {key: plain[key].dtype for key in values}
+    assert assigned_inside.dtype == torch.float32
+    assert torch.equal(assigned_inside, assigned)
 
 
 @surrounded

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mixture_torch import read_log, read_scores
 from tests.tolerances import FLOAT32
 from tests.update.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, STEPS, WHEN, shares
 from tests.update.matrix import EXCHANGES
@@ -185,14 +184,6 @@ def test_only_the_main_rank_leaves_files(results: Results) -> None:
     assert sorted(path.name for path in results.folder.glob("run*")) == ["run", "run_of_0"]
 
 
-@pytest.mark.parametrize("name", ["run", "run_of_0"])
-def test_main_rank_writes_every_step_once(name: str, results: Results) -> None:
-    wrapper = estimator()
-    R = [wrapper.update(*mixture(sum(sizes), seed=step))["R"].tolist() for step, sizes in enumerate(SIZES)]
-    assert read_log(results.folder / name)["step"].tolist() == list(range(len(SIZES)))
-    assert [entry["responsibilities"].tolist() for entry in read_scores(results.folder / name)] == R
-
-
 # Process groups
 
 
@@ -203,13 +194,6 @@ def test_group_of_ranks_has_a_mixture_of_its_own(rank: int, exchange: str, resul
     for step, found in enumerate(results(f"groups, {exchange}")[rank]):
         x = torch.cat([x for x, _ in shares(step)[first : first + 2]])
         assert_state_close(found, wrapper.update(x))
-
-
-@exchanges
-@pytest.mark.parametrize("first", [0, 2])
-def test_group_of_ranks_writes_a_log_of_its_own(first: int, exchange: str, results: Results) -> None:
-    trace_B = [float(found["stats"]["trace_B"]) for found in results(f"groups, {exchange}")[first]]
-    assert read_log(results.folder / f"{exchange} of {first}")["trace_B"].tolist() == pytest.approx(trace_B, rel=1e-8)
 
 
 @exchanges
@@ -261,14 +245,6 @@ def test_fault_that_nobody_has_seen_is_raised_on_all_at_the_next_update(results:
     assert [refused["error"] for refused in found] == ["ValueError"] * WORLD
     assert found[1]["message"].startswith("`embeddings` must have shape (N, 4), got (3, 3)")
     assert all("Rank 1 refused its batch" in found[other]["message"] for other in (0, 2, 3))
-
-
-@ranks
-def test_ranks_go_on_together_after_an_unseen_fault(rank: int, results: Results) -> None:
-    wrapper = estimator(relocate=False)
-    for step in (0, 1, 4, 5):
-        stats = wrapper.update(*mixture(19, seed=step))
-    assert_state_close(results("unseen fault")[rank][5], stats)
 
 
 @ranks

@@ -50,24 +50,6 @@ def test_a_step_after_a_move_is_the_step_of_the_relocated_state() -> None:
     assert bits({key: stats[key] for key in expected}) == bits(expected)
 
 
-def test_statistics_before_a_move_keep_their_values() -> None:
-    wrapper, again = lonely(), lonely()
-    moves(wrapper, range(1, WINDOW - 1))
-    moves(again, range(1, WINDOW - 1))
-    unread, read = wrapper.update(batch(WINDOW - 1)), again.update(batch(WINDOW - 1))
-    wanted = bits(read)
-    moves(wrapper, range(WINDOW, WINDOW + 3))
-    assert bits(unread) == wanted
-
-
-@pytest.mark.parametrize("options", [{"relocate": False}, {"mode": "per_batch"}, {"assigner": "label_supervised"}])
-def test_nothing_moves_where_nothing_may(options: dict[str, Any]) -> None:
-    wrapper = estimator(K=4, ema_decay=0.7, **options)
-    for step in range(4 * WINDOW):
-        x, labels = mixture(60, K=2, D=4, seed=step)
-        assert wrapper.update(x, labels)["n_relocated"] == 0
-
-
 @pytest.mark.parametrize("stop", range(1, 2 * WINDOW + 1))
 def test_resumed_run_moves_at_the_same_steps(stop: int) -> None:
     wrapper, resumed = lonely(), estimator(K=4, ema_decay=0.7)

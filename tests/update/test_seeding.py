@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mixture_torch import MixtureStats
-from tests.tolerances import relative_error
 from tests.wrapper.samples import bits, estimator, mixture
 
 K, D, SEEDS = 8, 16, 20
@@ -110,30 +109,6 @@ def test_rows_that_wait_are_all_seeded_from() -> None:
     for row in x:
         wrapper.update(row[None])
     assert sorted(wrapper.assign(x).sum(dim=0).tolist()) == [4.0] * K
-
-
-def test_stats_before_the_start_are_those_of_the_batch() -> None:
-    wrapper = estimator(K=20)
-    wrapper.update(mixture(seed=1)[0] + 100)
-    stats, (x, _) = wrapper.update(mixture()[0][:15]), mixture()
-    assert relative_error(stats["pi"] @ stats["mu"], x[:15].mean(dim=0)) < 1e-5
-
-
-def test_bad_rows_do_not_wait() -> None:
-    x, _ = mixture(12)
-    x[:6] = float("nan")
-    wrapper = estimator()
-    with pytest.warns(UserWarning, match="ignored"):
-        wrapper.update(x)
-    assert wrapper.state_dict()["n_waiting"] == 6
-
-
-def test_labels_need_no_seeding_and_no_waiting() -> None:
-    wrapper, (x, labels) = estimator(K=30, assigner="label_supervised"), mixture(2)
-    for _ in range(2):
-        stats = wrapper.update(x, labels)
-    assert float(wrapper.state.moments.weight.sum()) == pytest.approx(2 * 1.95)
-    assert not stats["mu"][2:].any()
 
 
 def test_seeding_does_not_depend_on_the_steps_before_it() -> None:

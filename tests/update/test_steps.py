@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_torch import NTXentLoss, activate, read_log, read_scores
-from tests.wrapper.samples import all_bits, assert_close, bits, estimator, mixture, update_quietly
+from tests.wrapper.samples import all_bits, assert_close, estimator, mixture
 
 LABELLED = {"assigner": "label_supervised"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,30 +42,6 @@ def test_parts_of_a_step_are_its_batch(options: dict[str, Any]) -> None:
         assert_close(stats, {key: expected[key] for key in FIGURES}, 1e-5)
 
 
-@pytest.mark.parametrize("idle", [torch.zeros(0, 4), torch.full((5, 4), float("nan"))], ids=["no row", "NaN"])
-@pytest.mark.parametrize("options", [KINDS[kind] for kind in KINDS if kind != "waiting"], ids=str)
-def test_step_that_begins_without_a_usable_row_is_one_of_those_that_follow(
-    options: dict[str, Any], idle: Tensor
-) -> None:
-    wrapper, expected = estimator(**options), estimator(**options)
-    for step in range(3):
-        update_quietly(wrapper, idle, torch.zeros(len(idle), dtype=torch.int64), step=step)
-        for part in parts(step):
-            stats = wrapper.update(*part, step=step)
-            wanted = expected.update(*part, step=step)
-    assert bits({key: stats[key] for key in FIGURES}) == bits({key: wanted[key] for key in FIGURES})
-
-
-@kinds
-def test_part_of_a_step_returns_its_own_rows(options: dict[str, Any]) -> None:
-    wrapper = estimator(**options)
-    for step in range(2):
-        for x, labels in parts(step):
-            stats = wrapper.update(x, labels, step=step)
-            assert (len(stats["R"]), int(stats["n_ignored"])) == (len(x), 0)
-            assert stats["R"].sum(dim=1).tolist() == [1.0] * len(x)
-
-
 @pytest.mark.parametrize(
     ("tokens", "weight"),
     [
@@ -85,18 +61,6 @@ def test_calls_with_the_same_step_in_a_row_are_one_step(tokens: list[Any], weigh
         wrapper.update(mixture()[0], step=token)
     assert wrapper.state is not None
     assert float(wrapper.state.moments.weight.sum()) == weight
-
-
-@pytest.mark.parametrize("K", [14, 29, 30, 44])  # 120 rows to start from are there in the middle of a step, or after
-def test_rows_that_came_before_the_start_count_with_their_step(K: int) -> None:
-    wrapper, N = estimator(K=K, ema_decay=0.5), 0
-    for step in range(3):
-        waited = wrapper.state_dict()["started"] == 0
-        for part in parts(step):
-            wrapper.update(*part, step=step)
-        N = 60 if waited else 60 + N / 2
-        assert wrapper.state is not None
-        assert float(wrapper.state.moments.weight.sum()) == N
 
 
 @pytest.mark.parametrize("spell", ["stats", "none"])
@@ -145,15 +109,6 @@ def test_active_step_is_that_of_every_call_inside() -> None:
             criterion(z2, z1)
     assert wrapper.state is not None
     assert float(wrapper.state.moments.weight.sum()) == 80 * 1.5
-
-
-def test_step_of_the_call_goes_over_that_of_the_context() -> None:
-    wrapper = estimator(ema_decay=0.5)
-    with activate(wrapper, step=0):
-        wrapper.update(mixture()[0])
-        wrapper.update(mixture()[0], step=1)
-    assert wrapper.state is not None
-    assert float(wrapper.state.moments.weight.sum()) == 60 * 1.5
 
 
 @pytest.mark.parametrize("step", [1.5, True, [1], torch.tensor(1)])

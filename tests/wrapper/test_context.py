@@ -17,14 +17,6 @@ def test_active_estimator_is_none_by_default() -> None:
     assert active_estimator() is None
 
 
-def test_activate_nests() -> None:
-    first, second = estimator(), estimator()
-    with activate(first):
-        with activate(second):
-            assert active_estimator() is second
-        assert active_estimator() is first
-
-
 def test_activate_none_hides_the_outer_estimator() -> None:
     with activate(estimator()), activate(None) as given:
         assert given is None

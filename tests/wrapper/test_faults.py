@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixture_torch import read_log
-from tests.wrapper.samples import assert_close, bits, estimator, mixture, unchanged, update_quietly
+from tests.wrapper.samples import bits, estimator, mixture, unchanged, update_quietly
 
 NAN, INF = float("nan"), float("inf")
 BAD = [NAN, INF, -INF, 1e30]
@@ -20,22 +20,6 @@ def spoiled(value: float = NAN, *, row: int = 7) -> Tensor:
     x, _ = mixture()
     x[row, 2] = value
     return x
-
-
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("options", [{}, LABELLED, {"K": 30}, {"mode": "per_batch"}], ids=str)
-@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-def test_bad_row_counts_for_nothing(value: float, options: dict[str, Any], first: bool) -> None:
-    wrapper, expected, (x, labels) = estimator(**options), estimator(**options), mixture()
-    if not first:
-        wrapper.update(x, labels)
-        expected.update(x, labels)
-    others = torch.arange(60) != 7
-    stats, wanted = update_quietly(wrapper, spoiled(value), labels), dict(expected.update(x[others], labels[others]))
-    assert int(stats["n_ignored"]) == 1
-    assert not stats["R"][7].any()
-    assert torch.equal(stats["R"][others], wanted["R"])
-    assert_close(stats, {key: wanted[key] for key in ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B")})
 
 
 def test_bad_rows_are_warned_about_once() -> None:
@@ -51,15 +35,6 @@ def test_warning_points_at_the_line_that_called_update() -> None:
     with pytest.warns(UserWarning, match="rows were ignored") as caught:
         estimator().update(spoiled())
     assert caught[0].filename == __file__
-
-
-@pytest.mark.parametrize("ignored", [-1, -100])
-def test_ignored_labels_are_counted(ignored: int) -> None:
-    x, labels = mixture()
-    labels[[3, 20]] = ignored
-    stats = update_quietly(estimator(**LABELLED), x, labels)
-    assert int(stats["n_ignored"]) == 2
-    assert stats["R"].sum(dim=1).tolist() == [float(n not in (3, 20)) for n in range(60)]
 
 
 def test_ignored_labels_mean_nothing_to_kmeans() -> None:
@@ -90,19 +65,6 @@ def test_idle_batch_leaves_the_state_and_the_stats_to_the_bit(
     assert {key: value for key, value in after.items() if key not in own} == {
         key: value for key, value in stats.items() if key not in own
     }
-
-
-@idle
-def test_idle_batch_counts_its_rows(batch: tuple[Tensor, Tensor]) -> None:
-    stats = update_quietly(estimator(), *batch)
-    assert (int(stats["n_ignored"]), stats["R"].tolist()) == (len(batch[0]), [[0.0] * 3] * len(batch[0]))
-
-
-@idle
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_idle_batch_at_the_very_first_is_zero(batch: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
-    stats = update_quietly(estimator(**options), *batch)
-    assert all(not stats[key].any() for key in ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B", "participation_ratio"))
 
 
 @idle

@@ -2,11 +2,11 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from mixture_torch import MixtureRuntimeConfig, MixtureStats
 from tests.wrapper.samples import mixture
@@ -46,48 +46,28 @@ runtime:
 HEADER = "step,epoch,K,pi_min,pi_max,trace_B,opnorm_B"
 
 
-def run_usage(run_dir: Path, embeddings: Tensor) -> dict[str, Tensor]:
-    names = {"run_dir": run_dir, "embeddings": embeddings, "step_idx": 123, "current_epoch": 4}
+def test_usage_block_returns_what_its_comment_says_and_appends_one_row(tmp_path: Path) -> None:
+    embeddings, labels = mixture(256, K=8, D=16)
+    names: dict[str, Any] = {"run_dir": tmp_path, "embeddings": embeddings, "step_idx": 123, "current_epoch": 4}
     exec(USAGE.replace("from mfcl.mixture import", "from mixture_torch import"), names)
-    return dict(names["stats"])  # type: ignore[call-overload]
-
-
-def test_usage_block_returns_what_its_comment_says(tmp_path: Path) -> None:
-    stats = run_usage(tmp_path, mixture(256, K=8, D=16)[0])
+    stats = names["stats"]
     shapes = {key: tuple(stats[key].shape) for key in ("pi", "mu", "Sigma", "B", "R")}
     assert shapes == {"pi": (8,), "mu": (8, 16), "Sigma": (8, 16, 16), "B": (16, 16), "R": (256, 8)}
-
-
-def test_usage_block_finds_the_mixture(tmp_path: Path) -> None:
-    x, labels = mixture(256, K=8, D=16)
-    stats = run_usage(tmp_path, x)
     counts = torch.zeros(8, 8).index_add_(0, labels, stats["R"])
     assert sorted(counts.flatten().tolist()) == [0.0] * 56 + [32.0] * 8
-
-
-def test_usage_block_appends_one_row(tmp_path: Path) -> None:
-    run_usage(tmp_path, mixture(256, K=8, D=16)[0])
     lines = (tmp_path / "mixture.csv").read_text().splitlines()
     assert lines[0] == HEADER
     assert [line.split(",")[:3] for line in lines[1:]] == [["123", "4", "8"]]
 
 
-def test_yaml_block_loads_with_its_values(tmp_path: Path) -> None:
+def test_yaml_block_holds_the_defaults_of_configuration_and_estimator(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(YAML)
-    config = MixtureRuntimeConfig.from_yaml(path)
-    block = yaml.safe_load(YAML)["runtime"]["mixture"]
-    assert {key: getattr(config, key) for key in block} == block
-
-
-def test_yaml_block_holds_the_defaults() -> None:
-    assert MixtureRuntimeConfig.from_mapping(yaml.safe_load(YAML)) == MixtureRuntimeConfig()
-
-
-def test_yaml_block_holds_the_defaults_of_the_estimator() -> None:
+    assert MixtureRuntimeConfig.from_yaml(path) == MixtureRuntimeConfig()
     block = yaml.safe_load(YAML)["runtime"]["mixture"]
     signature = inspect.signature(MixtureStats).parameters
     same = set(block) - {"K", "enabled"}  # K is needed, and `enabled` left out is false
+    assert {key: getattr(MixtureRuntimeConfig(), key) for key in block} == block
     assert {key: signature[key].default for key in same} == {key: block[key] for key in same}
 
 
@@ -102,16 +82,12 @@ def test_scores_are_stored_where_the_specification_says(tmp_path: Path, scores_m
     assert (entry["step"], entry["epoch"], entry["responsibilities"].tolist()) == (123, 0, R.tolist())
 
 
-def test_disabled_estimator_returns_an_empty_falsy_mapping() -> None:
-    stats = MixtureStats(K=8).update(mixture()[0])
-    assert not stats
-    assert dict(stats) == {}
-
-
-def test_disabled_estimator_writes_nothing(tmp_path: Path) -> None:
+def test_disabled_estimator_returns_an_empty_falsy_mapping_and_writes_nothing(tmp_path: Path) -> None:
     log_dir = tmp_path / "run"
     with MixtureStats(K=8, log_dir=log_dir, store_scores=True) as estimator:
-        estimator.update(mixture()[0])
+        stats = estimator.update(mixture()[0])
+        assert not stats
+        assert dict(stats) == {}
         estimator.log_step(step=0, epoch=0)
         estimator.flush()
     assert not log_dir.exists()

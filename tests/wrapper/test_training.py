@@ -58,13 +58,6 @@ def test_training_ends_in_the_same_bits(make: Callable[[Path], MixtureStats], au
         assert train(wrapper, autocast=autocast) == train(None, autocast=autocast)
 
 
-def test_training_feeds_the_estimator_at_every_step(tmp_path: Path) -> None:
-    with estimator(assigner="label_supervised", ema_decay=0.5, log_dir=tmp_path) as wrapper:
-        train(wrapper)
-    assert float(wrapper.state.moments.weight.sum()) == sum(48 * 0.5**age for age in range(STEPS))
-    assert len((tmp_path / "mixture.csv").read_text().splitlines()) == STEPS + 1
-
-
 def forward(wrapper: MixtureStats, x: Tensor, weight: Tensor) -> Tensor:
     """A part of a model that feeds the estimator, as a loss inside a checkpointed block does."""
     with activate(wrapper):
