@@ -145,7 +145,8 @@ class Reference:
         whole, wanted = oracle_derived(_whole(self.moments)), oracle_derived(_whole(kept))
         for key, unit in (("mu", self.unit), ("Sigma", self.unit**2)):
             error = float((whole[key] - wanted[key]).abs().max())
-            assert error <= FLOAT32 * max(float(wanted[key].abs().max()), unit), f"a move leaves {key} of all"
+            bound = FLOAT32 * max(float(wanted[key].abs().max()), unit, SMALLEST)
+            assert error <= bound, f"a move leaves {key} of all"
         self.followed["moves"] += n_relocated
 
     def resync(self, weight: float) -> None:
