@@ -187,7 +187,28 @@ def figures(moments: Moments) -> Tensor:
     if mean.is_cuda and is_plain(weight, mean) and kernels.usable_on(mean, K=len(weight)) and len(weight) <= MAX_K:
         return summary(weight, mean)
     pi = moments.pi
-    factor = _between_factor(pi, moments.mean)
+    return _figures(pi, _between_factor(pi, mean))
+
+
+def more_figures(moments: Moments, *, with_ratio: bool) -> Tensor:
+    """Returns `figures`, tr T, the participation ratio, tr Sigma_k / tr T for each k, and pi, (6 + 2 K,).
+
+    It reads lower triangles alone. The ratio is nan unless `with_ratio` is set, since it has to read all covariances.
+    """
+    pi, covariance = moments.pi, moments.covariance
+    factor, within = _between_factor(pi, moments.mean), _trace(covariance)
+    four = figures(moments) if covariance.is_cuda else _figures(pi, factor)
+    total = torch.dot(pi, within) + four[2]
+    unit, ratio = safe_divide(torch.ones_like(total), total), torch.full_like(total, torch.nan)
+    if with_ratio:  # of T / tr T, since squares of T itself could overflow
+        T = torch.mv(covariance.flatten(1).mT, pi * unit).view_as(covariance[0])
+        lower = T.addmm_(factor.mT, factor * unit).tril_()
+        squares = 2 * torch.linalg.vector_norm(lower).square() - torch.linalg.vector_norm(lower.diagonal()).square()
+        ratio = safe_divide(torch.ones_like(total), squares)
+    return torch.cat([four, torch.stack([total, ratio]), within * unit, pi])
+
+
+def _figures(pi: Tensor, factor: Tensor) -> Tensor:
     return torch.stack([*pi.aminmax(), factor.square().sum(), _squared_norm(factor)])
 
 

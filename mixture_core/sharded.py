@@ -31,9 +31,9 @@ def advance_share(
 ) -> tuple[MixtureState, StepStats]:
     """Does what `advance` does with the rows of all ranks, of which this one has a share.
 
-    The new state is the same on all ranks; R is that of this rank's rows; n_ignored counts all rows. In each of
-    max_assign_iters iterations (with labels, in the only one), the ranks add up the counts and sums of x minus the
-    centroid, K (1 + D) numbers. In the end they add up the lower triangles of the scatter about the new means,
+    The new state is the same on all ranks; R is that of this rank's rows; n_ignored and counts are of all rows. In
+    each of max_assign_iters iterations (with labels, in the only one), the ranks add up the counts and sums of x minus
+    the centroid, K (1 + D) numbers. In the end they add up the lower triangles of the scatter about the new means,
     K D (D + 1) / 2 numbers, and two counts of rows.
 
     Args:
@@ -77,7 +77,8 @@ def advance_share(
     new, residual = _with_scatter(before, residual, weight.to(x.dtype), centroids + shift, scatter, memory.covariance)
     if work is None:
         complete_(new.covariance)
-    stats = StepStats(moments=new, R=own.R, n_ignored=seen[1].to(torch.int64))
+    n_ignored, counts = seen[1].to(torch.int64), weight.to(x.dtype)
+    stats = StepStats(moments=new, R=own.R, n_ignored=n_ignored, counts=counts)
     return MixtureState(config=config, moments=new, residual=residual), stats
 
 

@@ -19,6 +19,7 @@ class StepStats(Mapping[str, Tensor]):
         moments: Weight, mean and covariance of each component in the new state, and their derived properties.
         R: (N, K) responsibilities; a row is 0 if its sample is ignored.
         n_ignored: () int64, number of ignored samples.
+        counts: (K,) samples of the batch in each component; the sums of R if left out.
         pi: (K,) mixing weights, sum 1.
         mu: (K, D) component means, in the units of the embeddings.
         Sigma: (K, D, D) component covariances, in the square of these units, as are B and what derives from it.
@@ -38,9 +39,10 @@ class StepStats(Mapping[str, Tensor]):
     moments: Moments
     R: Tensor
     n_ignored: Tensor
+    counts: Tensor = attrs.field(default=attrs.Factory(lambda self: self.R.sum(dim=-2), True))
 
     KEYS: ClassVar[tuple[str, ...]] = (
-        "pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored"
+        "pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "counts"
     )  # fmt: skip
 
     # Typed one by one, for type checkers.

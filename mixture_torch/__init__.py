@@ -3,8 +3,10 @@
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import activate, active_estimator
 from mixture_torch.estimator import MixtureStats
+from mixture_torch.files.extra import read_extra
 from mixture_torch.files.log import read_log
 from mixture_torch.files.scores import read_scores
+from mixture_torch.files.snapshots import read_snapshots
 from mixture_torch.losses import NTXentLoss
 from mixture_torch.update.stats import StepStats
 
@@ -15,6 +17,8 @@ __all__ = [
     "StepStats",
     "activate",
     "active_estimator",
+    "read_extra",
     "read_log",
     "read_scores",
+    "read_snapshots",
 ]

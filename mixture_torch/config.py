@@ -62,6 +62,14 @@ class MixtureRuntimeConfig(MixtureConfig):
     strict: bool = attrs.field(default=False, validator=boolean)
     # Whether steps on a GPU are replayed as CUDA graphs.
     compile: bool = attrs.field(default=False, validator=boolean)
+    # Whether `mixture_extra.csv` is written.
+    extra: bool = attrs.field(default=True, validator=boolean)
+    # Steps between two snapshots of the mixture; None takes one at each `flush`.
+    snapshot_every: int | None = attrs.field(
+        default=None,
+        converter=attrs.converters.optional(as_integer),
+        validator=attrs.validators.optional(integer(at_least=1)),
+    )
     # D, if it is known beforehand: a state_dict then has its final shapes before the first update.
     dim: int | None = attrs.field(
         default=None,

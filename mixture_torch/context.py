@@ -101,7 +101,7 @@ _keys = count()
 
 torch.library.define(
     OPERATOR,
-    "(Tensor embeddings, Tensor? labels, int key, SymInt? number, str? text) -> ()",
+    "(Tensor embeddings, Tensor? labels, int key, SymInt? number, str? text, int views) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 torch.library.register_fake(OPERATOR, lambda *_: None)
@@ -109,10 +109,12 @@ torch.library._register_effectful_op(OPERATOR, EffectType.ORDERED)  # else compi
 
 
 @torch.library.impl(OPERATOR, "default")
-def _update(embeddings: Tensor, labels: Tensor | None, key: int, number: int | None, text: str | None) -> None:
+def _update(
+    embeddings: Tensor, labels: Tensor | None, key: int, number: int | None, text: str | None, views: int
+) -> None:
     estimator = active_estimator() if key == ACTIVE else _estimators.get(key)
     if estimator is not None:
-        estimator.update(embeddings, labels, step=number if text is None else text)
+        estimator.update(embeddings, labels, step=number if text is None else text, views=views)
 
 
 def register(estimator: "MixtureStats") -> int:
@@ -122,9 +124,9 @@ def register(estimator: "MixtureStats") -> int:
     return key
 
 
-def update_compiled(key: int, embeddings: Any, labels: Any, step: int | str | None) -> None:
+def update_compiled(key: int, embeddings: Any, labels: Any, step: int | str | None, views: int) -> None:
     """Updates an estimator in code that torch.compile traces; `key` is from `register`, or ACTIVE."""
     text, number = (step, None) if isinstance(step, str) else (None, step)
     if labels is not None:
         labels = torch.as_tensor(labels)
-    torch.ops.mixture_torch.update(torch.as_tensor(embeddings).detach(), labels, key, number, text)
+    torch.ops.mixture_torch.update(torch.as_tensor(embeddings).detach(), labels, key, number, text, views)

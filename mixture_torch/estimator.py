@@ -13,26 +13,22 @@ from torch import Tensor
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step, register, update_compiled
 from mixture_torch.files.recorder import Recorder
-from mixture_torch.journal import Journal
+from mixture_torch.journal import NO_STATS, Journal
 from mixture_torch.update.arrivals import Report, as_count
 from mixture_torch.update.checkpoint import from_state_dict
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.ranks import is_main_rank
 from mixture_torch.update.stats import NOTHING, StepStats
+from mixture_torch.update.watch import OnAlarm
 from mixture_torch.views import DEFAULTS, DISABLED, View
-
-NO_STATS = (
-    "`log_step` has nothing to log because there was no `update`; call `update`, or use `activate` with a loss that "
-    "feeds the estimator. This warning comes once."
-)
 
 
 class MixtureStats(View):
     """Keeps a Gaussian mixture of the embeddings that it is given, and writes one row about it per step.
 
-    It computes in float32, without gradients, outside autocast, and from its own random numbers, so that training is
-    bit for bit the same with or without it. Greedy k-means++ chooses the first means once 4 K usable rows have
-    been seen; until then, each step's statistics cover all rows so far.
+    It computes in float32, without gradients or autocast, and from its own random numbers: training is bit for bit the
+    same with or without it. Greedy k-means++ chooses the first means once 4 K usable rows have been seen; until then,
+    each step's statistics cover all rows so far.
 
     Args:
         K: Number of components.
@@ -42,8 +38,8 @@ class MixtureStats(View):
         ema_decay: Factor by which earlier weights are multiplied each step, in (0, 1).
         enabled: False makes all methods do nothing. If it is left out it is false, and the first `update` says so.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
-        cross_rank: Whether the mixture is that of all ranks: `gather` or true: each rank gathers all embeddings;
-            `reduce`: ranks exchange only sums, and R covers the rank's own embeddings.
+        cross_rank: Whether the mixture is that of all ranks, which exchange embeddings (`gather` or true) or only sums
+            (`reduce`; then R covers the rank's own embeddings).
         log_dir: Folder for the files; None writes none.
         store_scores: Whether to write responsibilities too.
         scores_mode: `append`: into one file; `per_step`: into one file per step.
@@ -53,7 +49,10 @@ class MixtureStats(View):
         relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
         compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
         dim: D, if known beforehand, so that `state_dict` has its final shapes before the first update.
+        extra: Whether to write more figures, also of each component, to `mixture_extra.csv`.
+        snapshot_every: Steps between two snapshots of the mixture; None takes one at each `flush`.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
+        on_alarm: Function that is called with each alarm of the log; None warns once for each kind.
 
     Raises:
         TypeError: An option is of the wrong type.
@@ -66,8 +65,6 @@ class MixtureStats(View):
         >>> stats = estimator.update(torch.cat([torch.zeros(30, 4), torch.ones(10, 4)]))
         >>> sorted(stats.pi.tolist()), round(float(stats.trace_B), 2)
         ([0.25, 0.75], 0.75)
-        >>> estimator
-        MixtureStats(K=2, enabled=True; D=4, 1 update)
     """
 
     def __init__(
@@ -89,23 +86,27 @@ class MixtureStats(View):
         relocate: bool = DEFAULTS.relocate,
         compile: bool = DEFAULTS.compile,
         dim: int | None = DEFAULTS.dim,
+        extra: bool = DEFAULTS.extra,
+        snapshot_every: int | None = DEFAULTS.snapshot_every,
         process_group: Any = None,
+        on_alarm: OnAlarm = None,
     ) -> None:
         self._says_disabled = enabled is ...
         config = MixtureRuntimeConfig(
             K=K, assigner=assigner, mode=mode, ema_decay=ema_decay, enabled=False if enabled is ... else enabled,
             cross_rank=cross_rank, store_scores=store_scores, scores_mode=scores_mode, seed=seed, strict=strict,
-            max_assign_iters=max_assign_iters, relocate=relocate, compile=compile, dim=dim,
+            max_assign_iters=max_assign_iters, relocate=relocate, compile=compile, dim=dim, extra=extra,
+            snapshot_every=snapshot_every,
         )  # fmt: skip
         if is_main is not None and not isinstance(is_main, bool):
             raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
-        if log_dir is None and config.enabled and store_scores and is_main is not False:
-            raise ValueError("`log_dir` must be given if `store_scores` is true, got None.")
+        if log_dir is None and config.enabled and (store_scores or on_alarm) and is_main is not False:
+            raise ValueError("`log_dir` must be given with `store_scores` or `on_alarm`, got None.")
         writes = partial(is_main_rank, process_group) if is_main is None else partial(bool, is_main)
         scores = config.scores_mode if store_scores else None
         recorder = Recorder(log_dir, scores_mode=scores, writes=writes, strict=strict)
         super().__init__(config, is_main=is_main, process_group=process_group)
-        self._journal = Journal(self, recorder, self._mixture.notes)
+        self._journal = Journal(self, recorder, self._mixture.notes, extra=config.extra, on_alarm=on_alarm)
         self._key = register(self)  # by which compiled code finds it
         self._report: Report | None = None  # of the last update, if that was made on a GPU
 
@@ -117,13 +118,17 @@ class MixtureStats(View):
         log_dir: str | os.PathLike[str] | None = None,
         is_main: bool | None = None,
         process_group: Any = None,
+        on_alarm: OnAlarm = None,
     ) -> "MixtureStats":
         """Returns the estimator of a configuration; other arguments and errors are those of `MixtureStats`."""
         if not isinstance(config, MixtureRuntimeConfig):
             raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
-        return cls(log_dir=log_dir, is_main=is_main, process_group=process_group, **attrs.asdict(config))
+        of_process = {"log_dir": log_dir, "is_main": is_main, "process_group": process_group, "on_alarm": on_alarm}
+        return cls(**of_process, **attrs.asdict(config))
 
-    def update(self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None) -> StepStats:
+    def update(
+        self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None, views: int = 1
+    ) -> StepStats:
         """Returns the mixture after one more batch: pi, mu, Sigma, B, R and more, by key or attribute.
 
         The statistics are empty if the estimator is disabled, and in code that torch.compile traces: read `stats` after
@@ -132,13 +137,12 @@ class MixtureStats(View):
         other ranks has begun.
 
         Args:
-            embeddings: (N, D) of any real type, tensor or NumPy array; N may differ from step to step, and be 0. Rows
-                with NaN or Inf are ignored and counted.
-            labels: (N,) integers in [0, K), or -1 or -100 for rows to ignore; not used unless responsibilities come
-                from labels.
-            step: The training step, a number or string. Calls with the same step belong to one batch, as in gradient
-                accumulation: earlier samples decay only once. None means the step of the surrounding `activate`;
-                without one, each call is a step.
+            embeddings: (N, D) of any real type, tensor or NumPy array; N may vary and be 0. Rows with NaN or Inf are
+                ignored and counted.
+            labels: (N,) integers in [0, K), -1 or -100 to ignore a row; only read if responsibilities come from labels.
+            step: The training step, a number or string. Calls with the same step are one batch, as in gradient
+                accumulation. None means the step of the surrounding `activate`; without one, each call is a step.
+            views: 2 if rows n and n + N/2 are two views of one sample: then V and standard errors are kept too.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
@@ -149,7 +153,7 @@ class MixtureStats(View):
         if not self._config.enabled and not self._says_disabled:
             return NOTHING
         if torch.compiler.is_compiling():
-            update_compiled(self._key, embeddings, labels if self._config.uses_labels else None, step)
+            update_compiled(self._key, embeddings, labels if self._config.uses_labels else None, step, views)
             return NOTHING
         if not self._config.enabled:
             self._says_disabled = False
@@ -165,34 +169,33 @@ class MixtureStats(View):
             problem = error
         try:
             step = active_step(self) if step is None else as_step(step)
+            if views not in (1, 2):
+                raise ValueError(f"`views` must be 1 or 2, got {views!r}.")
         except Exception as error:
             problem, step = error, None
-        updated = self._mixture.update(embeddings, labels, token=step, problem=problem)
+        updated = self._mixture.update(embeddings, labels, views=views, token=step, problem=problem)
         if updated is not None:
             self._stats, self._report = updated.stats, updated.report
             if updated.report is not None:
                 self._journal.expect(updated.report)
-            if updated.n_ignored:
-                self._journal.note_ignored(updated.n_ignored, int(updated.n_rows))
+            self._journal.note_ignored(updated.n_ignored, updated.n_rows)
         self._journal.say()  # last, as a warning may be turned into an error
         return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends one row to `mixture.csv` and, with `store_scores`, the responsibilities to their file.
 
-        Does nothing if the estimator is disabled, has no `log_dir`, or runs on a rank that writes no files. Before the
-        first `update` it only warns, once.
+        Does nothing if the estimator is disabled, has no `log_dir`, or runs on a rank that writes no files.
 
         Args:
             step: The training step, at least 0.
             epoch: The epoch, at least 0.
-            stats: What `update` returned; None means the result of the last update. A mapping of your own needs
-                `pi` and `B`, and `R` if responsibilities are stored.
+            stats: What `update` returned; None is the last. Your own mapping needs `pi` and `B`, and `R` to store.
 
         Raises:
             TypeError: `step` or `epoch` is not an integer, or `stats` is not a mapping.
-            ValueError: `step` or `epoch` is negative, `stats` lacks a key, a file in `log_dir` has another format, or
-                another process writes there.
+            ValueError: `step` or `epoch` is negative, `stats` lacks a key, or `log_dir` has a file of another format or
+                is another process's.
             OSError: The row could not be written and `strict` is set; the row is kept and written with the next one.
         """
         if not self._config.enabled:
@@ -203,6 +206,7 @@ class MixtureStats(View):
         step, epoch = as_count("step", step), as_count("epoch", epoch)
         if stats:
             self._journal.log(stats, self._report if stats is self._stats else None, step, epoch)
+            self._journal.take(self, flushes=False)
         elif not self._mixture.is_short:
             self._journal.note("no stats", NO_STATS)
         self._journal.say()
@@ -222,25 +226,22 @@ class MixtureStats(View):
             D = self._mixture.progress.D or self._config.dim
             self._mixture.restart(from_state_dict(self._config.core, state_dict, D=D))
         self._stats, self._report = NOTHING, None
-        self._journal.resumes = True
+        self._journal.resumes, self._journal.n_steps = True, self._mixture.progress.n_steps
         self._journal.say()
 
     def flush(self) -> None:
-        """Writes everything that was logged to disk; afterwards, `torch.load` can read `mixture_scores.pt`.
-
-        Raises:
-            OSError: A file could not be written and `strict` is set; the rows are kept.
-        """
+        """Writes everything that was logged to disk, for `torch.load` to read; raises what `close` raises."""
+        self._journal.take(self, flushes=True)
         self._journal.flush()
         self._journal.say()
 
     def close(self) -> None:
-        """Flushes and closes all files; a later `log_step` opens them again.
+        """Flushes and closes all files, and leaves the state_dict in `mixture_last.pt`; a later `log_step` opens them.
 
         Raises:
             OSError: A file could not be written and `strict` is set; the rows are kept.
         """
-        self._journal.close()
+        self._journal.close(self.state_dict)
         self._journal.say()
 
     def __enter__(self) -> "MixtureStats":

@@ -1,29 +1,54 @@
 """What an estimator tells its user once a step's figures are on the host: rows of the log, errors and warnings."""
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mixture_torch.files.recorder import Recorder, Row, warn_caller
-from mixture_torch.update.arrivals import Arrivals, Report, check_loggable, responsibilities_of
+from mixture_torch.update.arrivals import Arrivals, Report
 from mixture_torch.update.batch import ignored, settle
+from mixture_torch.update.figures import check_loggable, responsibilities_of
 from mixture_torch.update.precision import full_float32
+from mixture_torch.update.snapshot import EXCESS_EVERY, snapshot
+from mixture_torch.update.watch import OnAlarm, Watch, readings_before
+from mixture_torch.views import View
+
+NO_STATS = (
+    "`log_step` has nothing to log because there was no `update`; call `update`, or use `activate` with a loss that "
+    "feeds the estimator. This warning comes once."
+)
+
+
+class Logged(NamedTuple):
+    """A step that waits for its report."""
+
+    row: Callable[[], Row]  # the same row if it is called again
+    report: Report
+    resumes: bool
 
 
 class Journal:
-    """Takes rows and checks from the device to the files and to the user.
+    """Takes rows and checks from the device to the files and to the user, and watches the rows for alarms.
 
     When `owner` is collected, its rows are written. `notes` are warnings that the user has not been given yet.
     """
 
-    def __init__(self, owner: object, recorder: Recorder, notes: list[str]) -> None:
-        self._recorder, self._notes = recorder, notes
+    def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
+        self._recorder, self._notes, self._extra = recorder, notes, extra
         self._reports: Arrivals[Report] = Arrivals(recorder.turn)
-        self.rows: Arrivals[Callable[[], Row]] = Arrivals(recorder.turn)
+        self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
         self.resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._noted: set[str] = set()
+        self._watch = Watch(on_alarm, self.note)
+        self._newest: tuple[int, int, int] | None = None  # epoch, step and number of rows of the last row
+        self._taken: tuple[int, int, int] | None = None  # the same at the last snapshot
+        self._axes: Tensor | None = None  # of the last snapshot
+        self.n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
 
     def expect(self, report: Report) -> None:
@@ -39,29 +64,48 @@ class Journal:
         if self._recorder.open():  # a process that writes no row leaves the folder to those that do
             if report is None:
                 with full_float32(stats["R"] if "R" in stats else stats["pi"]):
-                    report = Report.of(stats)
+                    report = Report.of(stats, extra=self._extra)
             R = report.send(responsibilities_of(stats)) if stores else None
-            row = partial(Row, step, epoch, report.K, R=R, resumes=self.resumes)
-            self.rows.expect(report, cache(lambda: row(*report.figures)))  # the same row if it is asked for again
+            row = cache(partial(_row, step, epoch, report, R, resumes=self.resumes))
+            self.rows.expect(report, Logged(row, report, self.resumes))
         self.resumes = False
         self.settle(but=1)
 
     def settle(self, *, but: int = 0) -> None:
         """Writes rows and checks updates, without waiting for the latest `but` of either."""
         try:
-            self.rows.settle(partial(_write, self._recorder), but=but)
+            self.rows.settle(self._write, but=but)
         finally:
             self._reports.settle(self._check, but=but)
+
+    def take(self, view: View, *, flushes: bool) -> None:
+        """Writes a snapshot of an estimator's mixture if one is due and there has been a row since the last one."""
+        every, progress = view.config.snapshot_every, view._mixture.progress
+        if flushes != (every is None) or progress.n_steps == 0 or progress.n_steps % (every or 1):
+            return
+        self.settle()
+        if self._newest is None or self._newest is self._taken or not self._recorder.is_ours:
+            return
+        state = view.state
+        if state is None:  # after a checkpoint from before the first update
+            return
+        epoch, step, N = self._newest
+        is_due = progress.n_steps // EXCESS_EVERY > self.n_steps // EXCESS_EVERY
+        with full_float32(state.moments.weight):
+            entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
+        self._taken, self._axes, self.n_steps = self._newest, entry["axes"], progress.n_steps
+        self._watch.excess = entry["excess"]
+        self._recorder.write_snapshot({"step": step, "epoch": epoch, **entry})
 
     def flush(self) -> None:
         """Completes all files."""
         self.settle()
         self._recorder.flush()
 
-    def close(self) -> None:
-        """Completes and closes all files."""
+    def close(self, state_dict: Callable[[], Mapping[str, Any]]) -> None:
+        """Completes and closes all files; what `state_dict` returns is left there if they have had a row."""
         self.settle()
-        self._recorder.close()
+        self._recorder.close(last=state_dict() if self._extra and self._recorder.is_ours else None)
 
     def note(self, kind: str, text: str) -> None:
         """Keeps a warning for `say`, unless there was one of its kind."""
@@ -69,10 +113,10 @@ class Journal:
             self._noted.add(kind)
             self._notes.append(text)
 
-    def note_ignored(self, n_ignored: int, N: int, at: str = "") -> None:
+    def note_ignored(self, n_ignored: int, N: int | Tensor, at: str = "") -> None:
         """Keeps a warning of ignored rows, if there are any."""
         if n_ignored:
-            text = f"{ignored(n_ignored, N, at)}. This warning comes once; `n_ignored` counts the rows."
+            text = f"{ignored(n_ignored, int(N), at)}. This warning comes once; `n_ignored` counts the rows."
             self.note("ignored", text)
 
     def say(self) -> None:
@@ -80,21 +124,38 @@ class Journal:
         while self._notes:
             warn_caller(self._notes.pop(0))
 
+    def _write(self, logged: Logged) -> None:
+        row, figures = logged.row(), logged.report.figures
+        self._recorder.write(row)
+        if self._extra and figures.pi and not self._watch.has_seen(figures):
+            if logged.resumes:
+                log, extra, snapshots = self._recorder.read()
+                excesses = {(entry["epoch"], entry["step"]): entry.get("excess", math.nan) for entry in snapshots}
+                self._watch.replay(readings_before((row.epoch, row.step), log, extra, excesses), D=logged.report.D)
+                self._axes = snapshots[-1].get("axes") if snapshots else None
+            self._watch.see(row.step, figures, D=logged.report.D)
+            self._newest = row.epoch, row.step, figures.N
+
     def _check(self, report: Report) -> None:
         at = " at an update that was not logged" if report.step is None else f" at step {report.step}"
         for doubt in report.doubts:
             settle(doubt, at=at)
-        self.note_ignored(report.n_ignored, report.N, at)
+        self.note_ignored(report.figures.n_ignored, report.figures.N, at)
 
 
-def _write(recorder: Recorder, row: Callable[[], Row]) -> None:
-    recorder.write(row())
+def _row(step: int, epoch: int, report: Report, R: Tensor | None, *, resumes: bool) -> Row:
+    figures = report.figures
+    extra: tuple[float, ...] | None = None
+    if figures.pi:
+        values = figures.extra.values()
+        extra = tuple(chain.from_iterable(value if isinstance(value, tuple) else (value,) for value in values))
+    return Row(step, epoch, report.K, *figures[:4], R=R, resumes=resumes, extra=extra)
 
 
-def _finish(rows: Arrivals[Callable[[], Row]], recorder: Recorder) -> None:
+def _finish(rows: Arrivals[Logged], recorder: Recorder) -> None:
     """Does what `close` does, for an estimator that is gone; in a forked child, nothing."""
     if recorder.is_ours:
         try:
-            rows.settle(partial(_write, recorder))
+            rows.settle(lambda logged: recorder.write(logged.row()))
         finally:
             recorder.close(for_good=True)

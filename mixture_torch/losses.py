@@ -19,7 +19,7 @@ class NTXentLoss(nn.Module):
 
         loss = mean_i -log( exp(z_i . z_j(i) / temperature) / sum_{k != i} exp(z_i . z_k / temperature) )
 
-    Each call feeds the detached 2N rows to the active estimator, with the labels repeated for both views.
+    Each call feeds the detached 2N rows to the active estimator as two views, with the labels repeated for both.
 
     Args:
         temperature: Above 0.
@@ -61,9 +61,9 @@ class NTXentLoss(nn.Module):
         # A norm in half precision is off by 1e-3, and with it every similarity.
         z = functional.normalize(z if z.dtype == torch.float64 else z.to(torch.float32), dim=1)
         if torch.compiler.is_compiling():
-            update_compiled(ACTIVE, z, _of_both_views(labels), None)
+            update_compiled(ACTIVE, z, _of_both_views(labels), None, 2)
         elif (estimator := active_estimator()) is not None:
-            estimator.update(z.detach(), _of_both_views(labels))
+            estimator.update(z.detach(), _of_both_views(labels), views=2)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         similarity = (z @ z.mT / self.temperature).masked_fill(itself, -torch.inf)
         positive = torch.arange(len(z), device=z.device).roll(len(z1))

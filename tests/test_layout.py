@@ -16,11 +16,12 @@ CORE_ROWS = [
     ("config", "pytrees", "inputs", "kernels"),
     ("kernels.assign", "kernels.summary"),
     ("kernels.moments", "moments"),
-    ("stats", "absorb_cpu"),
-    ("scatter",),
+    ("stats", "absorb_cpu", "readings", "alarms"),
+    ("scatter", "pairs"),
     ("seeding", "assign", "absorb"),
     ("step",),
     ("sharded", "relocate"),
+    ("null",),
     ("__init__",),
     ("testing",),
 ]
@@ -111,7 +112,9 @@ def test_core_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("path", files(CORE), ids=ids)
 def test_core_imports_torch_attrs_and_the_standard_library_alone(path: Path) -> None:
     standard = "__future__ collections functools itertools math numbers reprlib typing warnings"
-    extra = {"testing": {"hypothesis"}, "kernels": {"triton", "os", "contextlib"}}.get(module(path), set())
+    extra = {"testing": {"hypothesis"}, "readings": {"scipy"}, "kernels": {"triton", "os", "contextlib"}}.get(
+        module(path), set()
+    )
     assert {name.split(".")[0] for name in imported(path)} <= {
         "torch",
         "attrs",

@@ -4,15 +4,17 @@ import itertools
 import re
 from pathlib import Path
 
+from mixture_torch.files.extra import EXTRA_FILE
 from mixture_torch.files.log import LOG_FILE
 from mixture_torch.files.scores import SCORES_FILE
 from mixture_torch.files.shards import SHARD_FOLDER
+from mixture_torch.files.snapshots import SNAPSHOT_FOLDER
 
 DEFAULT_FOLDER = Path("runs/demo")
 NUMBERED = re.compile(rf"{DEFAULT_FOLDER.name}(-\d+)?")
 CONFIG_FILE = "config.yaml"  # the first file that a run writes
 CHECKPOINT_FILE = "checkpoint.pt"
-WRITTEN = (CONFIG_FILE, CHECKPOINT_FILE, LOG_FILE, SCORES_FILE, SHARD_FOLDER)
+WRITTEN = (CONFIG_FILE, CHECKPOINT_FILE, LOG_FILE, EXTRA_FILE, SCORES_FILE, SHARD_FOLDER, SNAPSHOT_FOLDER)
 
 
 def make_run_folder(out: Path | None) -> Path:

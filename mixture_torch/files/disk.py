@@ -31,7 +31,8 @@ class GrowingFile:
         self._header = header
         self._say = say
         self._fd: int | None = None
-        self._size = 0  # bytes of the open file
+        self._inode = 0, 0  # device and inode of the open file, which no other file can have meanwhile
+        self._size = 0  # its bytes
         self._vanished = False
 
     def look(self) -> int:
@@ -46,7 +47,7 @@ class GrowingFile:
             OSError: The file cannot be opened.
         """
         if self._fd is not None:
-            if self.is_as_left(self._fd):
+            if self.is_as_left():
                 return
             self._vanished = not self.path.exists()
             self.close()
@@ -54,7 +55,8 @@ class GrowingFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | BINARY, 0o666)
         try:
-            self._size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            self._inode, self._size = (status.st_dev, status.st_ino), status.st_size
             self.cut(end)
             if not end:
                 self.put(self._header)
@@ -65,13 +67,13 @@ class GrowingFile:
             self._vanished = False
             self._say(f"`{self.path}` was moved or deleted; a new one is begun.")
 
-    def is_as_left(self, fd: int) -> bool:
+    def is_as_left(self) -> bool:
         """Returns whether the open file is as this object left it."""
         try:
-            status = os.fstat(fd)
-            return os.path.samestat(os.stat(self.path), status) and status.st_size == self._size
+            status = os.stat(self.path)
         except OSError:
             return False
+        return (status.st_dev, status.st_ino, status.st_size) == (*self._inode, self._size)
 
     def put(self, data: bytes | memoryview, *, is_tail: bool = False) -> None:
         """Hands a piece or a tail to the operating system; on a fault the file is as it was."""
@@ -154,6 +156,12 @@ def write_atomically(
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def set_aside(path: Path, to: Path) -> None:
+    """Gives a file another name in its folder, and waits until the disk has it."""
+    os.replace(path, to)
+    _sync_folder(to.parent)
 
 
 def move(paths: Iterable[Path], folder: Path) -> None:

@@ -62,8 +62,7 @@ class RowsFile(GrowingFile):
         self.last = position_of(rows[-1]) if rows else NOWHERE
         size, torn = len(header) + sum(map(len, rows)), rest.rstrip(b"\0")
         if header and torn and size != self.end:  # where this object stopped, it is of a row that is still kept
-            asides = (superseded(self.path, number) for number in count(1))
-            aside = next(path for path in asides if not path.exists())
+            aside = self.unused()
             write_atomically(aside, header + torn, durable=True)
             self._say(
                 f"The last row of `{self.path}` has no line end and may be cut short; it was moved to `{aside.name}`."
@@ -72,10 +71,16 @@ class RowsFile(GrowingFile):
             self._say(f"An unfinished write of {len(rest)} bytes at the end of `{self.path}` was dropped.")
         return size
 
+    def unused(self) -> Path:
+        """Returns the first `mixture.superseded-N.csv` that does not exist yet."""
+        asides = (superseded(self.path, number) for number in count(1))
+        return next(path for path in asides if not path.exists())
+
     def append_row(self, step: int, epoch: int, *others: float) -> None:
         """Writes one row to the open file: integers in full, other numbers with nine digits."""
-        numbers = (str(number) if isinstance(number, int) else f"{number:.9g}" for number in (step, epoch, *others))
-        self.put(",".join(numbers).encode("ascii") + self._line_end)
+        numbers = (step, epoch, *others)
+        form = ",".join(["%d" if isinstance(number, int) else "%.9g" for number in numbers])
+        self.put((form % numbers).encode("ascii") + self._line_end)
         self.last = epoch, step
 
     def steps_from(self, position: Position) -> set[int]:
@@ -87,6 +92,8 @@ class RowsFile(GrowingFile):
 
         Returns how many there were. If something cannot be written, rows may be in both files.
         """
+        if not self.path.exists():
+            return 0
         self.open()
         header, rows, _ = self.read()
         moved = [row for row in rows if position_of(row) >= position]
@@ -129,13 +136,18 @@ def read_log(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
     path = Path(log_dir) / LOG_FILE
     if not path.exists():
         raise FileNotFoundError(f"`{log_dir}` has no `{LOG_FILE}`; was a step logged?")
-    rows = [row.decode("ascii", errors="replace") for row in read_lines(path, HEADER).rows]
-    dtype = np.dtype(list(COLUMNS.items()))
+    return read_table(path, HEADER, list(COLUMNS.items()))
+
+
+def read_table(path: Path, header: bytes, columns: list[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Returns a file of rows as one array for each column, or for each group of columns, as `np.dtype` takes them."""
+    rows = [row.decode("ascii", errors="replace") for row in read_lines(path, header).rows]
+    dtype = np.dtype(columns)
     try:  # loadtxt warns about an empty table
         table = np.loadtxt(rows, dtype, delimiter=",", comments=None, ndmin=1) if rows else np.empty(0, dtype)
     except ValueError as error:
-        raise ValueError(f"`{path}` has a row that is not {len(COLUMNS)} numbers: {error}.") from error
-    return {name: table[name].copy() for name in COLUMNS}
+        raise ValueError(f"`{path}` has a row that is not {header.count(b',') + 1} numbers: {error}.") from error
+    return {name: table[name].copy() for name in dtype.names or ()}
 
 
 def read_lines(path: Path, header: bytes) -> Lines:

@@ -5,12 +5,19 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mixture_torch.files.run_folder import Mode, Row, RunFolder
+import numpy as np
+
+from mixture_torch.files.extra import read_extra
+from mixture_torch.files.log import read_log
+from mixture_torch.files.row import Mode, Row
+from mixture_torch.files.run_folder import RunFolder
+from mixture_torch.files.snapshots import Snapshot, read_snapshots
 
 __all__ = ["Recorder", "Row"]
 
@@ -84,18 +91,42 @@ class Recorder:
         """
         self._do(lambda folder: folder.write(row, self.scores_mode, strict=self._strict))
 
+    def write_snapshot(self, entry: Mapping[str, Any]) -> None:
+        """Writes a snapshot after the rows so far, if this recorder has written any since `close`; at most 16 are kept.
+
+        Args:
+            entry: Int `step` and `epoch`, numbers and dense tensors.
+
+        Raises:
+            OSError: Something could not be written and `strict` is set. It is kept.
+        """
+        self._do(lambda folder: folder.write_snapshot(entry, self._user, strict=self._strict))
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Any], list[Snapshot]]:
+        """Returns the rows of both files, by column, and the snapshots; nothing if a file cannot be read."""
+        assert self._log_dir is not None
+        nothing = {"epoch": np.empty(0), "step": np.empty(0)}
+        try:
+            rows = read_log(self._log_dir), read_extra(self._log_dir)
+        except (OSError, ValueError):  # a fault of the disk, which `write` has told
+            return nothing, nothing, []
+        with suppress(FileNotFoundError):
+            return *rows, read_snapshots(self._log_dir)
+        return *rows, []
+
     def flush(self) -> None:
         """Makes all files complete."""
         self._do(lambda folder: folder.flush(strict=self._strict))
 
-    def close(self, *, for_good: bool = False) -> None:
+    def close(self, *, for_good: bool = False, last: Mapping[str, Any] | None = None) -> None:
         """Makes all files complete and closes them; a later row opens them again.
 
         Args:
             for_good: Whether the estimator is gone: then nothing is raised, and what cannot be written is lost.
+            last: A state_dict for `mixture_last.pt`, if rows were written since the last `close`. It must not change.
         """
         strict = self._strict and not for_good
-        self._do(lambda folder: folder.leave(self._user, strict=strict, for_good=for_good))
+        self._do(lambda folder: folder.leave(self._user, last, strict=strict, for_good=for_good))
 
     def _do(self, action: Callable[[RunFolder], None]) -> None:
         """Does something with the folder, unless it was never opened or is the parent's, and warns of its news."""

@@ -1,53 +1,31 @@
 """The run folder: its lock, the order of its rows, and retries after disk faults.
 
-A row is kept in memory until it is in the folder, and each call tries all that are kept, in order. A call during
+A row or snapshot is kept in memory until it is in the folder, and each call tries all that are kept, in order. A row
+goes to `mixture.csv` last, so what is there has its responsibilities and its row in `mixture_extra.csv`. A call during
 another call, from a signal handler or a garbage collection, only queues its request; the outer call carries it out.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixture_torch.files.disk import GrowingFile, superseded
+from mixture_torch.files.disk import superseded
+from mixture_torch.files.extra import EXTRA_FILE, ExtraFile
 from mixture_torch.files.lock import FolderLock
 from mixture_torch.files.log import COLUMNS, HEADER, LOG_FILE, RowsFile
+from mixture_torch.files.row import Mode, Row
 from mixture_torch.files.scores import SCORES_FILE, ScoresFile
-from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, load_entry, score_entry
+from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, load_entry, save, score_entry
+from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot, snapshot_entry
 
-Mode = Literal["append", "per_step"]
 MOST_KEPT = 2**30  # bytes of responsibilities: a full disk must not take the memory of the run
-
-
-@dataclass(eq=False)
-class Row:
-    """A logged step, whose numbers are all known, and how far it is written."""
-
-    step: int
-    epoch: int
-    K: int
-    pi_min: float
-    pi_max: float
-    trace_B: float
-    opnorm_B: float
-    R: Tensor | None = None  # (N, K) responsibilities to store; None once they are
-    resumes: bool = False  # whether earlier rows at this (epoch, step) or later are still to be superseded
-    # What follows is for the run folder.
-    scores_mode: Mode | None = None
-    kept_bytes: int = 0  # of a copy of R
-    ends: dict[GrowingFile, int] = field(default_factory=dict)  # where files ended before the row
-    number: int = 0  # of the files for what it supersedes, once they are begun
-    moved: int = 0  # entries of responsibilities in them
-
-    def lacks(self, file: GrowingFile) -> bool:
-        """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""
-        before = self.ends[file] = min(self.ends.get(file, file.end), file.end)
-        return file.end == before
+MOST_SNAPSHOTS = 16  # that wait
 
 
 class RunFolder:
@@ -61,32 +39,33 @@ class RunFolder:
         self._log = RowsFile(path / LOG_FILE, HEADER, say=self.news.append)
         self._scores = ScoresFile(path / SCORES_FILE, say=self.news.append)
         self._shards = ShardFolder(path / SHARD_FOLDER, load_entry, say=self.news.append)
+        self._extra = ExtraFile(path / EXTRA_FILE, say=self.news.append)
+        self._snapshots = ShardFolder(path / SNAPSHOT_FOLDER, load_snapshot, say=self.news.append)
         self._users: set[object] = set()
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[Row | Snapshot] = deque()
         self._written: Row | None = None  # the last one
+        self._last: Mapping[str, Any] | None = None  # to be written as LAST_FILE
         self._kept_bytes = self._dropped = 0  # bytes of copied responsibilities; entries without room for one
         self._fault: str | None = None  # why the last attempt failed
         self._is_open = self._completes = False  # whether files are open, and whether they are to be completed
         self._warned_of_order = False
 
     def join(self, user: object, scores_mode: Mode | None) -> None:
-        """Opens the folder for a user, unless it is open for this one.
-
-        Raises:
-            ValueError: A file has another format, or another process has the folder. Nothing is changed.
-        """
+        """Opens the folder for a user; ValueError, and no change, if another process has it or a file is foreign."""
         if user in self._users:
             return
         if not self.is_busy:
             self._open(scores_mode)
         if self._users:
             self.news.append(f"`{self._path}` is open in this process already; both estimators write to it.")
-        self._warned_of_order &= bool(self._users)
+        else:
+            self._warned_of_order = False
+            self._extra.begin()
         self._users.add(user)
 
     def write(self, row: Row, scores_mode: Mode | None, *, strict: bool) -> None:
         """Writes a row after all that wait, unless it was given before; `strict` raises what the disk reports."""
-        if row is not (self._waiting[-1] if self._waiting else self._written):
+        if row is not next((item for item in reversed(self._waiting) if isinstance(item, Row)), self._written):
             row.scores_mode = scores_mode
             self._waiting.append(row)
         try:
@@ -94,13 +73,24 @@ class RunFolder:
         finally:
             self._keep_responsibilities()
 
+    def write_snapshot(self, entry: Mapping[str, Any], user: object, *, strict: bool) -> None:
+        """Writes a snapshot after all that wait, if the folder is open for this user."""
+        if user in self._users:
+            self._waiting.append(snapshot_entry(entry))
+            kept = [item for item in self._waiting if not isinstance(item, Row)]
+            if len(kept) > MOST_SNAPSHOTS and not self.is_busy:
+                self._waiting.remove(kept[0])
+            self._work(strict=strict)
+
     def flush(self, *, strict: bool, quiet: bool = False) -> None:
         """Writes what waits and completes all files on the disk; closes them if they have no user."""
         self._completes = True
         self._work(strict=strict, quiet=quiet)
 
-    def leave(self, user: object, *, strict: bool, for_good: bool) -> None:
+    def leave(self, user: object, last: Mapping[str, Any] | None, *, strict: bool, for_good: bool) -> None:
         """Flushes for a user that leaves; `for_good` means that it will not try again."""
+        if last is not None and user in self._users:
+            self._last = dict(last)
         self._users.discard(user)
         self.flush(strict=strict, quiet=True)
         if not (for_good and self._users):  # otherwise the others will try again
@@ -113,6 +103,7 @@ class RunFolder:
             with suppress(OSError):  # `write` will meet it again, and keeps the row
                 self.lock.acquire()
                 self._log.read()
+                self._extra.read()
                 if scores_mode == "append":
                     self._scores.open()
                 self._is_open = True
@@ -132,7 +123,7 @@ class RunFolder:
             self.is_busy = True
             while self._waiting or self._completes:
                 try:
-                    self._write_rows()
+                    self._write_waiting()
                 finally:
                     self._complete()
             self._fault = None
@@ -147,21 +138,31 @@ class RunFolder:
         finally:
             self.is_busy = False
 
-    def _write_rows(self) -> None:
+    def _write_waiting(self) -> None:
         while self._waiting:
-            row, log = self._waiting[0], self._log
+            item = self._waiting[0]
             self._is_open = True
             self.lock.acquire()
-            log.open()
-            if row.resumes:
-                self._supersede(row)
-            if row.R is not None:
-                self._write_scores(row, row.R)
-            if row.lacks(log):
-                self._check_order(row)
-                log.append_row(*(getattr(row, name) for name in COLUMNS))
-            self._written = row
+            if isinstance(item, Row):
+                self._write_row(item)
+                self._written = item
+            else:
+                self._snapshots.write(item)
             self._waiting.popleft()
+
+    def _write_row(self, row: Row) -> None:
+        self._log.open()
+        if row.extra is not None and not self._extra.open_for(row.K):
+            row.extra = None
+        if row.resumes:
+            self._supersede(row)
+        if row.R is not None:
+            self._write_scores(row, row.R)
+        if row.extra is not None and row.lacks(self._extra):
+            self._extra.append_row(row.step, row.epoch, *row.extra)
+        if row.lacks(self._log):
+            self._check_order(row)
+            self._log.append_row(*(getattr(row, name) for name in COLUMNS))
 
     def _write_scores(self, row: Row, R: Tensor) -> None:
         if row.scores_mode == "per_step":
@@ -176,24 +177,28 @@ class RunFolder:
     def _supersede(self, row: Row) -> None:
         """Moves what was recorded at or after a row to files of their own; may be called again after a fault."""
         position = row.epoch, row.step
+        if self._extra.path.exists():
+            self._extra.open()  # a torn row takes a number of its own
         row.number = row.number or next(n for n in count(1) if not self._superseded(n))
-        row.moved += self._shards.supersede(position, row.number, steps=self._log.steps_from(position))
+        steps = self._log.steps_from(position)
+        row.moved += self._shards.supersede(position, row.number, steps=steps)
+        self._snapshots.supersede(position, row.number, steps=steps)
+        self._extra.supersede(position, row.number)
         try:
             row.moved += self._scores.supersede(position, row.number)
         except ValueError as error:  # a foreign file, which this run may not need
             self.news.append(f"{error} It was left as it is.")
         n_rows = self._log.supersede(position, row.number)  # last: it tells which shards to look at
         row.resumes = False
-        if n_rows or row.moved:
-            places = " and ".join(self._superseded(row.number))
+        if places := " and ".join(self._superseded(row.number)):
             self.news.append(
                 f"`{self._path}` is resumed at step {row.step} of epoch {row.epoch}: {n_rows} later rows and "
                 f"{row.moved} entries of responsibilities were moved to {places}."
             )
 
     def _superseded(self, number: int) -> list[str]:
-        paths = [superseded(part.path, number) for part in (self._log, self._scores, self._shards)]
-        return [f"`{path.name}`" for path in paths if path.exists()]
+        parts = self._log, self._extra, self._scores, self._shards, self._snapshots
+        return [f"`{path.name}`" for part in parts if (path := superseded(part.path, number)).exists()]
 
     def _check_order(self, row: Row) -> None:
         epoch, step = self._log.last
@@ -211,7 +216,11 @@ class RunFolder:
         try:
             self.lock.acquire()
             self._log.sync()
+            self._extra.sync()
             self._scores.flush()
+            if self._last is not None:
+                save(self._path / LAST_FILE, self._last)
+                self._last = None
             self._is_open = bool(self._users)
         except BaseException:
             self._completes = True
@@ -219,12 +228,13 @@ class RunFolder:
         finally:
             if not self._users:
                 self._scores.close()
+                self._extra.close()
                 self._log.close()
                 self.lock.release()
 
     def _keep_responsibilities(self) -> None:
         """Copies responsibilities that could not be written, as their owner may change them, up to MOST_KEPT bytes."""
-        for row in reversed(self._waiting):
+        for row in (item for item in reversed(self._waiting) if isinstance(item, Row)):
             if row.R is None or row.kept_bytes:
                 break  # and so it is with all before it
             size = row.R.numel() * torch.float32.itemsize
@@ -239,9 +249,9 @@ class RunFolder:
     def _say_what_is_missing(self, for_good: bool) -> None:
         said, kept = [], "are kept in memory, and tried again at `log_step`, `flush` and `close`"
         if self._fault is not None:
-            entries = sum(row.R is not None for row in self._waiting)
-            rows = f"{len(self._waiting)} rows and {entries} entries of responsibilities"
-            said.append(f"could not be written ({self._fault}): {rows} {'are lost' if for_good else kept}")
+            rows = [item for item in self._waiting if isinstance(item, Row)]
+            what = f"{len(rows)} rows and {sum(row.R is not None for row in rows)} entries of responsibilities"
+            said.append(f"could not be written ({self._fault}): {what} {'are lost' if for_good else kept}")
         if self._dropped:
             said.append(f"lacks {self._dropped} entries of responsibilities, because more than 1 GiB was waiting")
             self._dropped = 0

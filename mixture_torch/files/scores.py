@@ -19,7 +19,7 @@ from mixture_torch.files.scores_format import (
     torn,
     unpacked,
 )
-from mixture_torch.files.shards import SHARD_FOLDER, SHARD_PATTERN, ScoreEntry, load_entry, load_list
+from mixture_torch.files.shards import SHARD_FOLDER, SHARD_PATTERN, ScoreEntry, load_entry, load_list, readable
 
 SCORES_FILE = "mixture_scores.pt"
 
@@ -36,9 +36,9 @@ class ScoresFile(GrowingFile):
         super().__init__(path, header=HEADER, say=say)
         self._index = bytearray()  # the records in the file, 44 bytes each
 
-    def is_as_left(self, fd: int) -> bool:
+    def is_as_left(self) -> bool:
         """Returns whether the file and the index agree; an interrupt may have come between changes of the two."""
-        return super().is_as_left(fd) and self._indexed == self.end
+        return super().is_as_left() and self._indexed == self.end
 
     def append_entry(self, step: int, epoch: int, R: Tensor) -> None:
         """Appends one entry, (N, K), to the open file; `read_scores` finds it at once."""
@@ -138,7 +138,7 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
             f"`{log_dir}` has neither `{SCORES_FILE}` nor `{SHARD_FOLDER}/{SHARD_PATTERN}`; was `store_scores` on?"
         )
     appended = list(read_entries(path, _warn)) if path.exists() else []
-    return appended + sorted(_readable(shards), key=lambda entry: entry["step"])
+    return appended + sorted(readable(shards, load_entry), key=lambda entry: entry["step"])
 
 
 def read_entries(path: Path, say: Callable[[str], None]) -> Iterator[ScoreEntry]:
@@ -154,16 +154,6 @@ def read_entries(path: Path, say: Callable[[str], None]) -> Iterator[ScoreEntry]
         say(f"The beginning of `{path}` is damaged and was skipped.")
     if size := torn(path, end or len(HEADER) * (begin == HEADER)):
         say(f"An unfinished write of {size} bytes at the end of `{path}` was left out.")
-
-
-def _readable(shards: list[Path]) -> Iterator[ScoreEntry]:
-    for path in shards:
-        try:
-            yield load_entry(path)
-        except FileNotFoundError:  # set aside meanwhile
-            continue
-        except ValueError as error:
-            _warn(f"{error} The file was left out.")
 
 
 def _holds(path: Path, packed: bytes | bytearray) -> bool:

@@ -2,10 +2,11 @@
 
 import errno
 import io
+import warnings
 import zipfile
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from mixture_torch.files.disk import move, superseded, write_atomically
 SHARD_FOLDER = "mixture_scores"
 SHARD_NAME = "step_{:06d}.pt"
 SHARD_PATTERN = "step_*.pt"
+
+Entry = TypeVar("Entry")
 
 
 class ScoreEntry(TypedDict):
@@ -57,7 +60,7 @@ class ShardFolder:
             self._say(f"`{path}` existed and was replaced; later steps replace their files without a warning.")
 
     def supersede(self, position: tuple[int, int], number: int, *, steps: Container[int]) -> int:
-        """Moves the entries at or after a position to the folder `mixture_scores.superseded-<number>`.
+        """Moves the entries at or after a position to a folder such as `mixture_scores.superseded-<number>`.
 
         Reads only entries whose step is not before that of the position, or is in `steps`. Returns how many there were.
         """
@@ -84,13 +87,25 @@ def score_entry(step: int, epoch: int, R: Tensor) -> ScoreEntry:
 
 def load_entry(path: Path) -> ScoreEntry:
     """Returns the entry in a file; raises ValueError if it holds anything else, or is damaged."""
-    return cast(ScoreEntry, _load(path, _is_entry, expected="one entry"))
+    return cast(ScoreEntry, load_checked(path, _is_entry, expected="one entry of responsibilities"))
 
 
 def load_list(path: Path) -> list[ScoreEntry]:
     """Returns a list of entries, mapped from the file until they are used; raises a ValueError if it holds no list."""
     is_zip = path.is_file() and zipfile.is_zipfile(path)  # not so before torch 1.6
-    return cast(list[ScoreEntry], _load(path, _is_list, expected="a list of entries", mmap=is_zip))
+    value = load_checked(path, _is_list, expected="a list of entries of responsibilities", mmap=is_zip)
+    return cast(list[ScoreEntry], value)
+
+
+def readable(paths: Iterable[Path], load: Callable[[Path], Entry]) -> Iterator[Entry]:
+    """Yields the entries in files; the caller's caller is warned of damaged ones, which are left out."""
+    for path in paths:
+        try:
+            yield load(path)
+        except FileNotFoundError:  # set aside meanwhile
+            continue
+        except ValueError as error:
+            warnings.warn(f"{error} The file was left out.", stacklevel=3)
 
 
 def save(path: Path, value: object) -> None:
@@ -105,8 +120,9 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def _load(path: Path, is_ours: Callable[[Any], bool], *, expected: str, mmap: bool = False) -> Any:
-    foreign = f"`{path}` is not {expected} of responsibilities; move the file away or choose another `log_dir`."
+def load_checked(path: Path, is_ours: Callable[[Any], bool], *, expected: str, mmap: bool = False) -> Any:
+    """Returns the value in a file, on the CPU; raises a ValueError if it is not what is expected, or is damaged."""
+    foreign = f"`{path}` is not {expected}; move the file away or choose another `log_dir`."
     if path.exists() and not path.is_file():  # a pipe would wait for a writer
         raise ValueError(foreign)
     try:
@@ -128,12 +144,13 @@ def _is_entry(value: Any) -> bool:
     if not (isinstance(value, dict) and value.keys() == ScoreEntry.__annotations__.keys()):
         return False
     step, epoch, R = value["step"], value["epoch"], value["responsibilities"]
-    if not (_is_count(step) and _is_count(epoch) and isinstance(R, Tensor)):
+    if not (is_count(step) and is_count(epoch) and isinstance(R, Tensor)):
         return False
     return (R.ndim, R.layout, R.dtype, R.device.type) == (2, torch.strided, torch.float32, "cpu")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Returns whether a value can be a step or an epoch."""
     return isinstance(value, int) and 0 <= value < 2**63
 
 

@@ -11,28 +11,36 @@ import torch
 from torch import Tensor
 
 from mixture_core import StepStats
-from mixture_core.moments import figures
+from mixture_core.pairs import Pairs
 from mixture_torch.update.batch import Doubt
-from mixture_torch.update.stats import Rows
+from mixture_torch.update.figures import Figures, numbers_of, pair_numbers
 
 T = TypeVar("T")
-SHAPES = {"pi": ("K",), "B": ("D", "D"), "R": ("N", "K"), "trace_B": (), "opnorm_B": ()}  # of what a row needs
 
 
 class Report:
     """The figures of one update, and what may be wrong with its batch."""
 
-    def __init__(self, numbers: Tensor, *, K: int, arrived: torch.cuda.Event | None = None) -> None:
-        self.K = K
+    def __init__(self, numbers: Tensor, *, K: int, D: int, arrived: torch.cuda.Event | None = None) -> None:
+        self.K, self.D = K, D
         self.step: int | None = None  # as which it was logged last
         self.doubts: list[Doubt] = []
         self._arrived = arrived  # recorded when all that is on the way has been sent; None if nothing is
-        self._numbers = self.send(numbers)  # (6,) as in `numbers_of`
+        self._numbers = self.send(numbers)  # as in `numbers_of`
+        self._pairs: Tensor | None = None  # (2,)
 
     @classmethod
-    def of(cls, stats: Mapping[str, Tensor]) -> "Report":
-        """Returns the report of what an update returned, on its way."""
-        return cls(numbers_of(stats), K=len(stats.moments.weight if isinstance(stats, StepStats) else stats["pi"]))
+    def of(cls, stats: Mapping[str, Tensor], *, extra: bool) -> "Report":
+        """Returns the report of what an update returned, on its way; `extra` is as in `numbers_of`."""
+        K, D = stats.moments.mean.shape if isinstance(stats, StepStats) else (len(stats["pi"]), 0)
+        report = cls(numbers_of(stats, extra=extra), K=K, D=D)
+        report.add_pairs(getattr(stats, "pairs", None))
+        return report
+
+    def add_pairs(self, pairs: Pairs | None) -> None:
+        """Adds the standard error of trace_B and the alignment, if there have been pairs of views."""
+        if pairs is not None:
+            self._pairs = self.send(pair_numbers(pairs))
 
     def doubt(self, doubts: Iterable[Doubt]) -> None:
         """Adds what may be wrong with the batch."""
@@ -55,25 +63,10 @@ class Report:
         if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]  # torch's
             self._arrived.synchronize()
 
-    @property
-    def figures(self) -> list[float]:
-        """pi_min, pi_max, trace_B and opnorm_B; nan if no row of the step was usable."""
-        return [float("nan")] * 4 if self.n_ignored == self.N else self._values[:4]
-
-    @property
-    def n_ignored(self) -> int:
-        """How many rows of the step were ignored."""
-        return int(self._values[4])
-
-    @property
-    def N(self) -> int:
-        """How many rows the step had."""
-        return int(self._values[5])
-
     @cached_property
-    def _values(self) -> list[float]:
-        values: list[float] = self._numbers.tolist()
-        return values
+    def figures(self) -> Figures:
+        """The figures of the step, which must be here."""
+        return Figures.of(self._numbers, self._pairs)
 
 
 class Arrivals(Generic[T]):
@@ -116,57 +109,6 @@ class Arrivals(Generic[T]):
                     self._queue.popleft()
             finally:
                 self._is_busy = False
-
-
-def numbers_of(stats: Mapping[str, Tensor]) -> Tensor:
-    """Returns pi_min, pi_max, trace_B, opnorm_B, the number of ignored rows of the step and that of all, (6,)."""
-    if isinstance(stats, StepStats):
-        logged, n_ignored = figures(stats.moments), stats.n_ignored
-    else:  # made by hand, or gone through a dict
-        logged = _figures_of(stats)
-        n_ignored = (stats["R"].sum(dim=1) == 0).sum() if "R" in stats else logged.new_zeros((), dtype=torch.int64)
-    N, _, n_ignored_earlier = getattr(stats, "rows", None) or Rows(len(stats["R"]) if "R" in stats else 1)
-    # Never from the host's memory to a GPU's, for which somebody would have to wait.
-    n_rows = N if isinstance(N, Tensor) else n_ignored.new_full((), N)
-    return torch.cat([logged, torch.stack([n_ignored + n_ignored_earlier, n_rows]).to(logged.dtype)])
-
-
-def _figures_of(stats: Mapping[str, Tensor]) -> Tensor:
-    pi = stats["pi"]
-    trace_B = stats["trace_B"] if "trace_B" in stats else stats["B"].diagonal().sum()
-    if "opnorm_B" in stats:
-        opnorm_B = stats["opnorm_B"]
-    else:  # the decomposition raises errors at NaN
-        B = stats["B"].to(torch.float32)
-        opnorm_B = torch.linalg.eigvalsh(B).amax() if bool(B.isfinite().all()) else B.sum() * torch.nan
-    return torch.stack([figure.to(torch.float32) for figure in (pi.min(), pi.max(), trace_B, opnorm_B)])
-
-
-def check_loggable(stats: Mapping[str, Tensor], *, stores_scores: bool) -> None:
-    """Raises a ValueError if no row can be made of a mapping: of `pi` and `B`, or of `pi` and what derives from B."""
-    if isinstance(stats, StepStats):
-        return
-    needed = ["pi"] if "trace_B" in stats and "opnorm_B" in stats else ["pi", "B"]
-    if missing := [key for key in [*needed, *["R"] * stores_scores] if key not in stats]:
-        raise ValueError(f"`stats` must be what `update` returned, got a mapping without {' and '.join(missing)}.")
-    for key, shape in SHAPES.items():
-        if key in stats and (key != "R" or stores_scores) and not _fits(value := stats[key], key):
-            got = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"`stats` must hold {key} as a dense tensor ({', '.join(shape)}), got {got}.")
-
-
-def _fits(value: Any, key: str) -> bool:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
-        return False
-    if value.ndim != len(SHAPES[key]) or (key == "B" and value.shape[0] != value.shape[1]):
-        return False
-    return key == "R" or value.numel() > 0
-
-
-def responsibilities_of(stats: Mapping[str, Tensor]) -> Tensor:
-    """Returns R of all rows of the step, (N, K), of whichever call they came with."""
-    rows = getattr(stats, "rows", None)
-    return torch.cat([*rows.earlier, stats["R"]]) if rows and rows.earlier else stats["R"]
 
 
 def as_count(name: str, value: int) -> int:

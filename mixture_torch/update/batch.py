@@ -31,9 +31,17 @@ class Batch(NamedTuple):
     n_rows: int | Tensor  # rows of all ranks that count
     everyone: Tensor  # (M, D) the rows of all ranks if means have to be seeded from them, otherwise x
     doubts: tuple[Doubt, ...] = ()
+    sizes: tuple[int, ...] = ()  # of the parts of x that have rows n and n + size / 2 as views of a sample; if any
+
+    def by_view(self, values: Tensor) -> Tensor:
+        """Returns the first views of all samples, and then the second ones, of a tensor with a row for each of x."""
+        if len(self.sizes) == 1:
+            return values
+        parts = [part.tensor_split(2) for part in values.split_with_sizes(self.sizes)]
+        return torch.cat([*(first for first, _ in parts), *(second for _, second in parts)])
 
 
-def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: int | None) -> Batch:
+def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: int | None, views: int) -> Batch:
     """Returns this rank's batch: float32 embeddings, and labels if responsibilities come from them.
 
     The host does not wait to see labels on a GPU. If one is wrong, all labels of the batch become -1, so that the step
@@ -41,14 +49,20 @@ def receive(config: MixtureRuntimeConfig, embeddings: Any, labels: Any, *, D: in
     """
     _refuse_without_values("embeddings", embeddings)
     x = as_plain_embeddings(embeddings, D=D)
+    if views == 2 and len(x) % 2:
+        raise ValueError(
+            f"`embeddings` must have an even number of rows with views=2, since rows n and n + N/2 are views of one "
+            f"sample, got {len(x)}."
+        )
+    sizes = (len(x),) if views == 2 else ()
     if not config.uses_labels:
-        return Batch(x, None, x.shape[0], x)
+        return Batch(x, None, x.shape[0], x, sizes=sizes)
     _refuse_without_values("labels", labels)
     labels, wrong = _receive_labels(labels, x, config.K)
     doubt = Doubt(wrong, partial(_label_error, config.K))
     if not x.is_cuda:
         settle(doubt)
-    return Batch(x, labels, len(x), x, (doubt,))
+    return Batch(x, labels, len(x), x, (doubt,), sizes)
 
 
 def exchange(
@@ -88,9 +102,10 @@ def exchange(
     with together():
         if reduces:
             everyone = batch.x if config.uses_labels or like is not None else ranks.gather(batch.x, sizes)
-            return Batch(batch.x, batch.labels, sum(sizes), everyone)
+            return batch._replace(n_rows=sum(sizes), everyone=everyone, doubts=())
         x, labels = ranks.gather(batch.x, sizes), batch.labels
-        return Batch(x, None if labels is None else ranks.gather(labels, sizes), len(x), x)
+        labels = None if labels is None else ranks.gather(labels, sizes)
+        return Batch(x, labels, len(x), x, sizes=tuple(sizes) if batch.sizes else ())
 
 
 def _without_rows(x: Tensor) -> Batch:
@@ -103,7 +118,7 @@ def _unseen(batch: Batch, entries: Entries, fault: Exception | None) -> Batch:
     odd = torch.where(wrong.any(), wrong.to(torch.int8).argmax(), FINE)
     x = torch.where(wrong.any(), torch.nan, batch.x)
     own = batch.doubts if fault is None else (Doubt(odd, lambda *_: fault),)
-    return Batch(x, batch.labels, entries.N.sum(), x, (*own, Doubt(odd, _rank_error)))
+    return Batch(x, batch.labels, entries.N.sum(), x, (*own, Doubt(odd, _rank_error)), batch.sizes)
 
 
 def settle(doubt: Doubt, *, at: str = "") -> None:

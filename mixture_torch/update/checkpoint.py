@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 from mixture_core import MixtureConfig, MixtureState, Moments
 from mixture_core.absorb_cpu import complete_, pack, unpack_
 from mixture_core.config import shown
+from mixture_core.pairs import Pairs, none
 
-VERSION = 3
+VERSION = 4
+ADDED = {3: {"residual", "n_steps"}, 4: {"n_pairs", "V", "squares"}}  # keys that a version added
 SEEDING_ROWS = 4  # times K: with fewer rows, k-means++ misses components
 
 LowerState = NewType("LowerState", MixtureState)  # only the lower triangles of its covariances are defined
@@ -24,6 +26,7 @@ class Progress(NamedTuple):
     state: LowerState | None = None  # None before the first update
     waiting: Tensor | None = None  # (n, D) rows so far, n < SEEDING_ROWS K; None once there were enough to seed means
     n_steps: int = 0  # steps with a usable row since the means were chosen; relocation counts windows with it
+    pairs: Pairs | None = None  # None before the first pair of views
 
     @property
     def D(self) -> int | None:
@@ -58,7 +61,7 @@ def to_state_dict(config: MixtureConfig, progress: Progress, *, dim: int | None)
 
     Keys, types and, for a given D, shapes are always the same, which libraries that load in place require.
     """
-    K, (state, waiting, n_steps) = config.K, progress
+    K, (state, waiting, n_steps, pairs) = config.K, progress
     if state is None:
         D = dim or 0
         weight = torch.zeros(K, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
@@ -71,11 +74,13 @@ def to_state_dict(config: MixtureConfig, progress: Progress, *, dim: int | None)
     if waiting is not None:
         rows[:n_waiting] = waiting
     is_updated = progress.state is not None
+    pairs = pairs or none(K=K, D=D)
     values: dict[str, Tensor | int | str] = {
         "version": VERSION, "K": K, "D": D, "mode": config.mode, "assigner": config.assigner,
         "weight": moments.weight.clone(), "mean": moments.mean.clone(), "residual": state.residual.clone(),
         "covariance": pack(moments.covariance), "n_steps": n_steps, "updated": int(is_updated),
         "started": int(is_updated and waiting is None), "n_waiting": n_waiting, "waiting": rows,
+        "n_pairs": pairs.weight.clone(), "V": pairs.V.clone(), "squares": pairs.squares.clone(),
     }  # fmt: skip
     return values | {"checksum": checksum(values)}
 
@@ -100,23 +105,31 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"The state_dict must be a mapping, got {type(state_dict).__name__}.")
     wanted = to_state_dict(config, Progress(), dim=None)
-    old = type(version := state_dict.get("version")) is int and version == 2
-    if set(state_dict) != set(wanted) - ({"residual", "n_steps"} if old else set()):
+    version = state_dict.get("version")
+    version = version if type(version) is int and version in (2, 3) else VERSION
+    missing = set[str]().union(*(keys for since, keys in ADDED.items() if since > version))
+    if set(state_dict) != set(wanted) - missing:
         lacks = shown([key for key in wanted if key not in state_dict])
         more = shown([key for key in state_dict if key not in wanted])
         raise ValueError(f"The state_dict lacks the keys {lacks} and has the unknown keys {more}.")
-    for key in ("K", "mode", "assigner") if old else ("version", "K", "mode", "assigner"):
+    for key in ("K", "mode", "assigner") if version < VERSION else ("version", "K", "mode", "assigner"):
         if type(state_dict[key]) is not type(wanted[key]) or state_dict[key] != wanted[key]:
             raise _differs(key, state_dict[key], wanted[key])
     K, rows, came = config.K, SEEDING_ROWS * config.K, _count(state_dict, "D")
     updated, started = _count(state_dict, "updated", at_most=1), _count(state_dict, "started", at_most=1)
-    n_waiting, n_steps = _count(state_dict, "n_waiting", at_most=rows - 1), 0 if old else _count(state_dict, "n_steps")
+    n_waiting, n_steps = (
+        _count(state_dict, "n_waiting", at_most=rows - 1),
+        0 if version < 3 else _count(state_dict, "n_steps"),
+    )
     if D is not None and came != D and (updated or came):
         raise _differs("D", came, D)
-    shapes = {"weight": (K,), "mean": (K, came), "residual": (K, came), "waiting": (rows, came)}
-    shapes["covariance"] = (K, came, came) if old else (K, came * (came + 1) // 2)
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight": (K,), "mean": (K, came), "residual": (K, came), "waiting": (rows, came),
+        "covariance": (K, came, came) if version < 3 else (K, came * (came + 1) // 2),
+        "n_pairs": (), "V": (came, came), "squares": (K + 2,),
+    }  # fmt: skip
     tensors = {key: _tensor(state_dict, key, *shape) for key, shape in shapes.items() if key in state_dict}
-    if _count(state_dict, "checksum") != (_checksum_2(tensors) if old else checksum(state_dict)):
+    if _count(state_dict, "checksum") != (_checksum_2(tensors) if version < 3 else checksum(state_dict)):
         raise ValueError(
             "The state_dict mixes the values of several mixtures; if each rank has a mixture of its own, save each "
             "under its own key."
@@ -130,12 +143,15 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
         return Progress()
     if not came:
         raise ValueError("The state_dict has D=0 after an update; load another checkpoint.")
-    if not old:
+    if version >= 3:
         covariance = unpack_(covariance, covariance.new_zeros(K, came, came))
     moments = Moments(weight=weight, mean=mean, covariance=covariance)
     residual = tensors.get("residual", torch.zeros_like(mean))
     state = LowerState(MixtureState(config=config, moments=moments, residual=residual))
-    return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps)
+    pairs = None
+    if version >= 4 and tensors["n_pairs"] > 0:
+        pairs = Pairs(weight=tensors["n_pairs"], V=tensors["V"], squares=tensors["squares"])
+    return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps, pairs)
 
 
 def _differs(key: str, came: object, own: object) -> ValueError:

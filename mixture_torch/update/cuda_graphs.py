@@ -10,8 +10,9 @@ from torch import Tensor
 from mixture_core import MixtureConfig, MixtureState, Moments
 from mixture_core.absorb_cpu import Workspace
 from mixture_core.step import advance
-from mixture_torch.update.arrivals import Report, numbers_of
+from mixture_torch.update.arrivals import Report
 from mixture_torch.update.checkpoint import LowerState
+from mixture_torch.update.figures import numbers_of
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.stats import Source
 
@@ -36,7 +37,8 @@ class _Results:
         with full_float32(self._memory):
             count, weight, mean, R = self._memory.clone().split_with_sizes([2, K, K * D, N * K])
         n_ignored = count.view(torch.int64)[0]
-        return {"weight": weight, "mean": mean.view(K, D), "R": R.view(N, K), "n_ignored": n_ignored}
+        R = R.view(N, K)
+        return {"weight": weight, "mean": mean.view(K, D), "R": R, "n_ignored": n_ignored, "counts": R.sum(dim=0)}
 
 
 class _Graph(NamedTuple):
@@ -45,15 +47,15 @@ class _Graph(NamedTuple):
     labels: Tensor | None  # (N,) to copy the labels to
     state: LowerState  # after the step, in memory that the graph writes to
     results: Tensor  # as in _Results
-    numbers: Tensor  # (6,) on the host, as in `numbers_of`
+    numbers: Tensor  # on the host, as in `numbers_of`
     arrived: torch.cuda.Event  # for the numbers
 
 
 class Graphs:
     """Captures one graph for each size of batch and each of the two memories of covariances, and replays it."""
 
-    def __init__(self, config: MixtureConfig, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
+    def __init__(self, config: MixtureConfig, *, extra: bool, say: Callable[[str], None]) -> None:
+        self._config, self._extra, self._say = config, extra, say
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._memories: dict[int, LowerState] = {}  # by address of the covariance
         self._inputs: dict[int, tuple[Tensor, Tensor | None]] = {}  # by size of batch: embeddings and labels
@@ -105,7 +107,7 @@ class Graphs:
         graph.graph.replay()
         graph.arrived.record(torch.cuda.current_stream(x.device))
         results = _Results(graph.results, graph.state.moments.covariance, N=N)
-        return graph.state, results, Report(graph.numbers, K=self._config.K, arrived=graph.arrived)
+        return graph.state, results, Report(graph.numbers, K=self._config.K, D=x.shape[1], arrived=graph.arrived)
 
     @staticmethod
     def _key(state: LowerState, N: int, work: Workspace) -> tuple[int, int, int]:
@@ -128,14 +130,15 @@ class Graphs:
         if N not in self._inputs:
             self._inputs[N] = (torch.empty_like(x), None if labels is None else torch.empty_like(labels))
         x, labels = self._inputs[N]
-        numbers = torch.empty(6, dtype=torch.float32, device="cpu", pin_memory=True)
+        n_numbers = 9 + 3 * self._config.K if self._extra else 7
+        numbers = torch.empty(n_numbers, dtype=torch.float32, device="cpu", pin_memory=True)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # thread_local: other threads, such as those that pin memory for data loaders, go on meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             new, stats = advance(before, x, labels, work=work)
             m = new.moments
             _copy(new, after)
-            numbers.copy_(numbers_of(stats), non_blocking=True)
+            numbers.copy_(numbers_of(stats, extra=self._extra), non_blocking=True)
             count = stats.n_ignored[None].view(torch.float32)
             results = torch.cat([count, m.weight, m.mean.flatten(), stats.R.flatten()])
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has not annotated it

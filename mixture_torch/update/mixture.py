@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_core import Moments
+import mixture_core
+from mixture_core.pairs import Pairs
 from mixture_core.relocate import move
 from mixture_core.sharded import Total, advance_share
 from mixture_core.step import advance
@@ -14,10 +15,12 @@ from mixture_torch.update.arrivals import Report
 from mixture_torch.update.batch import Batch, exchange, ignored, receive
 from mixture_torch.update.checkpoint import LowerState, Progress, to_device
 from mixture_torch.update.cuda_graphs import Graphs
+from mixture_torch.update.figures import Rows
+from mixture_torch.update.pairs import pairs_after
 from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
 from mixture_torch.update.ranks import is_out_of_memory, other_ranks, text_of, together
 from mixture_torch.update.seeding import FirstWindow, seed, size_note
-from mixture_torch.update.stats import Memory, Rows, Source, StepStats
+from mixture_torch.update.stats import Memory, Source, StepStats, is_idle, results_of
 
 
 class Updated(NamedTuple):
@@ -39,6 +42,7 @@ class _Outcome(NamedTuple):
     is_idle: bool = False  # no row was usable
     waiting: Tensor | None = None  # (n, D) rows to seed means from, if there are too few so far
     n_relocated: Tensor | None = None  # () components moved before the step; None if no move was due
+    pairs: Pairs | None = None  # of all views so far
 
 
 class Mixture:
@@ -59,14 +63,17 @@ class Mixture:
         self.progress = progress
         self.n_updates = 0  # since then
         self._origin = progress.digest
-        self._memory, self._graphs = Memory(), Graphs(self._core, self.notes.append)
+        self._memory = Memory()
+        self._graphs = Graphs(self._core, extra=self._config.extra, say=self.notes.append)
         self._last: StepStats | None = None
         self._token: object = None  # of the training step that is under way
         self._early: list[Batch] = []  # its batches so far, while there are too few rows to seed means from
         self._is_counted = False  # whether `n_steps` counts it already, since one of its rows was usable
         self._was_together = False  # whether there has been an update with other ranks
 
-    def update(self, embeddings: Any, labels: Any, *, token: object, problem: Exception | None) -> Updated | None:
+    def update(
+        self, embeddings: Any, labels: Any, *, views: int, token: object, problem: Exception | None
+    ) -> Updated | None:
         """Returns the outcome of one more batch; None if memory ran out before there were any statistics.
 
         The same `token` as before makes this batch a further part of its training step; None is never the same. Below,
@@ -75,15 +82,15 @@ class Mixture:
         """
         if torch._C._are_functorch_transforms_active():
             with outside_transforms():
-                return self.update(unwrapped(embeddings), unwrapped(labels), token=token, problem=problem)
+                return self.update(unwrapped(embeddings), unwrapped(labels), views=views, token=token, problem=problem)
         so_far = self._last if token is not None and token == self._token else None
         updated: Updated | None = None
         if self._replays and so_far is None and problem is None and not self._is_move_due(so_far):
-            updated = self._replay(embeddings)
+            updated = self._replay(embeddings, views)
         if updated is None:
             with full_float32(embeddings):
                 try:
-                    updated = self._update(embeddings, labels, problem, so_far)
+                    updated = self._update(embeddings, labels, views, problem, so_far)
                 except (MemoryError, RuntimeError) as error:
                     if self._config.strict or not is_out_of_memory(error):
                         raise
@@ -102,30 +109,32 @@ class Mixture:
         has_begun = so_far is not None and self._is_counted
         return window > 0 and n_steps > 0 and n_steps % window == 0 and not has_begun
 
-    def _replay(self, embeddings: Any) -> Updated | None:
-        """The whole update by a captured graph; None if there is none for this batch."""
-        state, waiting, _ = self.progress
-        if state is None or waiting is not None or not self._graphs.take(embeddings):
+    def _replay(self, embeddings: Any, views: int) -> Updated | None:
+        """The whole update by a captured graph; None if there is none for this batch, or if it has pairs of views."""
+        state, waiting = self.progress.state, self.progress.waiting
+        if views == 2 or state is None or waiting is not None or not self._graphs.take(embeddings):
             return None
         N, before = embeddings.shape[0], state.moments.covariance
         replayed = self._graphs.replay(state, embeddings, None, self._memory.lend(before, N=N))
-        return replayed and self._commit(_Outcome(*replayed, before), None, N)
+        return replayed and self._commit(_Outcome(*replayed, before, pairs=self.progress.pairs), None, N)
 
-    def _update(self, embeddings: Any, labels: Any, problem: Exception | None, so_far: StepStats | None) -> Updated:
-        config, (state, waiting, n_steps) = self._config, self.progress
+    def _update(
+        self, embeddings: Any, labels: Any, views: int, problem: Exception | None, so_far: StepStats | None
+    ) -> Updated:
+        config, (state, waiting, n_steps, _) = self._config, self.progress
         D = config.dim if state is None else state.moments.mean.shape[1]
 
         def own() -> Batch:
             if problem is not None:
                 raise problem
-            return receive(config, embeddings, labels, D=D)
+            return receive(config, embeddings, labels, D=D, views=views)
 
         ranks = other_ranks(self._group, was_together=self._was_together) if config.cross_rank else None
         if ranks is None:
             return self._take(own(), so_far, None)
         self._was_together = True
         reduces, n_waiting = config.cross_rank == "reduce", None if waiting is None else len(waiting)
-        same = config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting, so_far is None
+        same = config.seed, config.strict, self._origin, self.n_updates, n_steps, n_waiting, so_far is None, views
         like = None if state is None or waiting is not None else state.moments.mean
         batch = exchange(config, own, ranks=ranks, same=(self._core, reduces, same), like=like)
         with together():
@@ -133,7 +142,7 @@ class Mixture:
 
     def _take(self, batch: Batch, so_far: StepStats | None, total: Total | None) -> Updated:
         """Computes the step and makes it the estimator's."""
-        state, waiting, _ = self.progress
+        state, waiting = self.progress.state, self.progress.waiting
         early = [] if so_far is None else self._early
         if state is None or waiting is not None:
             outcome = self._seed(early, batch, total)
@@ -141,6 +150,11 @@ class Mixture:
             outcome = self._go_on(state, batch, so_far, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
             raise ValueError(f"`strict` is set, but {ignored(n_ignored, int(batch.n_rows))}.")
+        pairs = self.progress.pairs
+        if batch.sizes and not outcome.is_idle and outcome.waiting is None:
+            R, m, keeps = outcome.results["R"], outcome.state.moments, _continues(so_far)
+            pairs = pairs_after(self._core, pairs, batch, R, m, keeps=keeps, total=total)
+        outcome = outcome._replace(pairs=pairs)
         updated = self._commit(outcome, so_far, batch.n_rows)
         self._early = []
         if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part
@@ -159,7 +173,7 @@ class Mixture:
         before, is_anew = state.moments.covariance, waiting is None or waiting is not progress.waiting
         for each in (*early, batch) if is_anew else (batch,):
             state, results = self._advance(state, each, True, total)  # new means have no weight to decay
-        return _Outcome(state, results, None, before, _is_idle(results, batch.n_rows), waiting)
+        return _Outcome(state, results, None, before, is_idle(results, batch.n_rows), waiting)
 
     def _go_on(self, state: LowerState, batch: Batch, so_far: StepStats | None, total: Total | None) -> _Outcome:
         """Computes the step from the state, after a relocation if one is due."""
@@ -171,16 +185,13 @@ class Mixture:
             work = self._memory.lend(before, N=len(batch.x))
             if (replayed := self._graphs.step(start, batch.x, batch.labels, work)) is not None:
                 return _Outcome(*replayed, before)
-        continues: bool | Tensor = False
-        if so_far is not None:  # until a row was usable, no weight has decayed
-            usable = so_far.rows.n_ignored + so_far.n_ignored < so_far.rows.N
-            continues = usable if usable.is_cuda else bool(usable)
+        continues = _continues(so_far)
         new, results = self._advance(start, batch, continues, total)
-        is_idle = _is_idle(results, batch.n_rows)
-        if is_idle and start is not kept:  # a step without a usable row leaves the state: undo the move
+        idle = is_idle(results, batch.n_rows)
+        if idle and start is not kept:  # a step without a usable row leaves the state: undo the move
             n_relocated = None
             new, results = self._advance(kept, batch, continues, total)
-        return _Outcome(new, results, None, before, is_idle, n_relocated=n_relocated)
+        return _Outcome(new, results, None, before, idle, n_relocated=n_relocated)
 
     def _advance(
         self, state: LowerState, batch: Batch, continues: bool | Tensor, total: Total | None
@@ -190,48 +201,51 @@ class Mixture:
             new, stats = advance(state, batch.x, batch.labels, continues=continues, work=work)
         else:
             new, stats = advance_share(state, batch.x, batch.labels, total=total, continues=continues, work=work)
-        return LowerState(new), _results(stats.moments, stats.R, stats.n_ignored)
+        return LowerState(new), results_of(stats)
 
     def _skip(self, embeddings: Any, so_far: StepStats | None, error: Exception) -> Updated | None:
         """Returns the outcome of a batch without usable rows: an instrument must not end the run that it watches."""
         if not self.is_short:
             self.is_short = True
             self.notes.append(f"`update` ran out of memory and skips such batches: {text_of(error)}")
-        state, waiting, _ = self.progress
+        state, waiting, _, pairs = self.progress
         if state is None or self._last is None:
             return None
         N = len(embeddings) if hasattr(embeddings, "__len__") else 0  # another rank may be the one without memory
         weight, K = state.moments.weight, self._config.K
         R, n_ignored = weight.new_zeros(1, K).expand(N, K), weight.new_full((), N, dtype=torch.int64)
         self._early = [] if so_far is None else self._early
-        outcome = _Outcome(state, _results(state.moments, R, n_ignored), None, state.moments.covariance, True, waiting)
+        nothing = mixture_core.StepStats(moments=state.moments, R=R, n_ignored=n_ignored)
+        before = state.moments.covariance
+        outcome = _Outcome(state, results_of(nothing), None, before, True, waiting, pairs=pairs)
         return self._commit(outcome, so_far, N)._replace(report=None, n_ignored=0)  # the user hears of memory
 
     def _commit(self, outcome: _Outcome, so_far: StepStats | None, n_rows: int | Tensor) -> Updated:
         """Makes the step the estimator's, and returns its statistics for the reader."""
-        rows = Rows(n_rows)
-        if so_far is not None:
-            N, earlier, n_ignored = so_far.rows
-            rows = Rows(N + n_rows, (*earlier, so_far.R), n_ignored + so_far.n_ignored)
-        stats = self._memory.hand_out(outcome.results, rows, outcome.n_relocated, before=outcome.before)
-        report = outcome.report
-        if report is None and outcome.state.moments.weight.is_cuda:
-            report = Report.of(stats)
         is_counted = so_far is not None and self._is_counted
         counts = outcome.waiting is None and not outcome.is_idle and not is_counted
+        n_steps = self.progress.n_steps + counts
+        rows = Rows(n_rows, n_steps=n_steps)
+        if so_far is not None:
+            N, earlier, n_ignored, members, _ = so_far.rows
+            n_ignored, members = n_ignored + so_far.n_ignored, members + so_far.counts
+            rows = Rows(N + n_rows, (*earlier, so_far.R), n_ignored, members, n_steps)
+        stats = self._memory.hand_out(outcome.results, rows, outcome.n_relocated, outcome.pairs, before=outcome.before)
+        report = outcome.report
+        if report is not None:
+            report.add_pairs(outcome.pairs)
+        elif outcome.state.moments.weight.is_cuda:
+            report = Report.of(stats, extra=self._config.extra)
         self._is_counted = is_counted or counts
-        self.progress, self._last = Progress(outcome.state, outcome.waiting, self.progress.n_steps + counts), stats
+        self.progress = Progress(outcome.state, outcome.waiting, n_steps, outcome.pairs)
+        self._last = stats
         self.n_updates += 1
         return Updated(stats, report, n_rows, int(outcome.results["n_ignored"]) if report is None else 0)
 
 
-def _results(m: Moments, R: Tensor, n_ignored: Tensor) -> Source:
-    return {"weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": R, "n_ignored": n_ignored}
-
-
-def _is_idle(results: Source, n_rows: int | Tensor) -> bool:
-    """Whether a batch has no usable row; on a GPU, for which the host does not wait, whether it has no row."""
-    n_ignored = results["n_ignored"]
-    if n_ignored.is_cuda:
-        return isinstance(n_rows, int) and n_rows == 0
-    return int(n_ignored) == int(n_rows)
+def _continues(so_far: StepStats | None) -> bool | Tensor:
+    """Whether a batch continues a step whose weights have decayed: until a row was usable, none has."""
+    if so_far is None:
+        return False
+    usable = so_far.rows.n_ignored + so_far.n_ignored < so_far.rows.N
+    return usable if usable.is_cuda else bool(usable)

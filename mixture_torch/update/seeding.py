@@ -16,7 +16,7 @@ def seed(config: MixtureRuntimeConfig, progress: Progress, x: Tensor) -> tuple[L
     """Returns the state to start from, given the new rows of all ranks, and the rows to keep if too few have come."""
     if config.uses_labels:
         return LowerState(mixture_core.init(config.core, x)), None
-    state, waiting, _ = progress
+    state, waiting = progress.state, progress.waiting
     with may_wait():  # once: the number of rows decides whether to seed again
         rows = x[usable_rows(x)]
         if state is not None and not len(rows):

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
-from typing import ClassVar, NamedTuple, NoReturn, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import attrs
 import torch
@@ -13,25 +13,19 @@ from torch import Tensor
 import mixture_core
 from mixture_core import Moments
 from mixture_core.absorb_cpu import Workspace, complete_
+from mixture_core.pairs import Pairs
 from mixture_core.pytrees import pytree
+from mixture_torch.update.figures import Figures, Rows, numbers_of, pair_numbers
 from mixture_torch.update.precision import full_float32
 
 SLACK = 4  # memory for rows is replaced if it is more than this many times too long
 
 
 class Source(Protocol):
-    """The results of a step by name: weight, mean, covariance (lower triangles only), R and n_ignored."""
+    """The results of a step by name: weight, mean, covariance (lower triangles only), R, n_ignored and counts."""
 
     def __getitem__(self, name: str) -> Tensor:
         """Returns a result."""
-
-
-class Rows(NamedTuple):
-    """The rows of a training step, which `update` may have received in several calls."""
-
-    N: int | Tensor  # rows of all calls so far, on all ranks
-    earlier: tuple[Tensor, ...] = ()  # R of the earlier calls
-    n_ignored: int | Tensor = 0  # ignored rows of the earlier calls
 
 
 @pytree
@@ -64,6 +58,13 @@ class ExactMoments(Moments):
         return _own(lambda: complete_(lower.clone()))
 
     @property
+    def lower(self) -> Moments:
+        """These moments, without a copy if there is none yet: only the lower triangles are then defined."""
+        if "covariance" in self.__dict__ or "_source" not in self.__dict__:
+            return self
+        return Moments(**{name: self._source[name] for name in ("weight", "mean", "covariance")})
+
+    @property
     def B(self) -> Tensor:
         """Between-component covariance, (D, D)."""
         with full_float32(self.weight):
@@ -92,8 +93,8 @@ class StepStats(_Fields):
     """The mixture after a step, and the assignment of the step's rows; read by attribute or by key.
 
     It holds pi (K,), mu (K, D), Sigma (K, D, D), B (D, D), R (N, K), and the scalars trace_B, opnorm_B,
-    participation_ratio, n_ignored (rows) and n_relocated (components moved just before the step). It is empty, and
-    false, before the first update and if the estimator is disabled.
+    participation_ratio, n_ignored (rows) and n_relocated (components moved just before the step), and counts (K,), the
+    rows in each component. It is empty, and false, before the first update and if the estimator is disabled.
 
     Example:
         >>> import torch
@@ -104,14 +105,16 @@ class StepStats(_Fields):
     """
 
     KEYS: ClassVar[tuple[str, ...]] = (*mixture_core.StepStats.KEYS, "n_relocated")
-    rows: ClassVar[Rows]  # of the whole training step; missing in records that `tree_map` builds
+    # Both are missing in records that `tree_map` builds.
+    rows: ClassVar[Rows]  # of the whole training step
+    pairs: ClassVar[Pairs | None]  # statistics of pairs of views after it
     _source: ClassVar[Source]  # set on each record that `of` makes
 
     @classmethod
-    def of(cls, source: Source, rows: Rows, n_relocated: Tensor | None) -> "StepStats":
+    def of(cls, source: Source, rows: Rows, n_relocated: Tensor | None, pairs: Pairs | None) -> "StepStats":
         """Returns statistics that are read from the source when they are first asked for."""
         stats = cls.__new__(cls)
-        stats.__dict__.update(_source=source, rows=rows)
+        stats.__dict__.update(_source=source, rows=rows, pairs=pairs)
         if n_relocated is not None:
             stats.__dict__["n_relocated"] = n_relocated
         return stats
@@ -132,9 +135,29 @@ class StepStats(_Fields):
         return self._source["n_ignored"]
 
     @cached_property
+    def counts(self) -> Tensor:
+        """Number of rows of this call in each component, (K,); of all ranks with `cross_rank`."""
+        return self._source["counts"]
+
+    @cached_property
     def n_relocated(self) -> Tensor:
         """Number of components that were moved just before the step, () int64."""
         return _own(lambda: torch.zeros((), dtype=torch.int64, device=self._source["n_ignored"].device))
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the figures of the log as floats; those of component k are `pi_k`, `n_k` and `rel_k`.
+
+        They are those of `mixture.csv` and `mixture_extra.csv`: a step without usable rows has nan. On a GPU the host
+        waits for them.
+        """
+        with full_float32(self.R):
+            pairs = getattr(self, "pairs", None)
+            numbers = numbers_of(self, extra=True)
+            figures = Figures.of(numbers, None if pairs is None else pair_numbers(pairs))
+        named: dict[str, float] = {name: getattr(figures, name) for name in ("pi_min", "pi_max", "trace_B", "opnorm_B")}
+        for name, value in figures.extra.items():
+            named |= {f"{name}_{k}": v for k, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        return named
 
 
 class _NoStats(StepStats):
@@ -145,6 +168,9 @@ class _NoStats(StepStats):
 
     def __getitem__(self, key: str) -> NoReturn:
         raise KeyError(f"There is no {key!r} yet: the estimator has had no update, or it is disabled.")
+
+    def scalars(self) -> dict[str, float]:
+        return {}
 
     def __repr__(self) -> str:
         return "StepStats()"
@@ -187,10 +213,29 @@ class Memory:
             rows = self._rows = Workspace.rows_for(like, N=N)
         return Workspace(spare, rows)
 
-    def hand_out(self, source: Source, rows: Rows, n_relocated: Tensor | None, *, before: Tensor) -> StepStats:
+    def hand_out(
+        self, source: Source, rows: Rows, n_relocated: Tensor | None, pairs: Pairs | None, *, before: Tensor
+    ) -> StepStats:
         """Returns the statistics for their reader; the next step may write to the memory of `before`."""
-        stats = StepStats.of(source, rows, n_relocated)
+        stats = StepStats.of(source, rows, n_relocated, pairs)
         self._spare = before
         self._readers = [reader for reader in self._readers if reader[0] is before]
         self._readers.append((source["covariance"], weakref.ref(stats.moments)))
         return stats
+
+
+def results_of(stats: mixture_core.StepStats) -> Source:
+    """Returns the results of a step by name."""
+    m, R, counts = stats.moments, stats.R, stats.counts
+    return {
+        "weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": R, "n_ignored": stats.n_ignored,
+        "counts": counts,
+    }  # fmt: skip
+
+
+def is_idle(results: Source, n_rows: int | Tensor) -> bool:
+    """Returns whether a batch has no usable row; on a GPU, for which the host does not wait, whether it has no row."""
+    n_ignored = results["n_ignored"]
+    if n_ignored.is_cuda:
+        return isinstance(n_rows, int) and n_rows == 0
+    return int(n_ignored) == int(n_rows)

@@ -116,9 +116,9 @@ def full_run(seed: int) -> FullRun:
     job = prepare(DemoConfig(seed=seed, device="cpu"), MIXTURE)
     update, fed, batches, moved = job.estimator.update, [], {}, 0
 
-    def record(embeddings: Tensor, labels: Tensor | None = None) -> Any:
+    def record(embeddings: Tensor, labels: Tensor | None = None, *, views: int) -> Any:
         fed[:] = [embeddings]
-        return update(embeddings, labels)
+        return update(embeddings, labels, views=views)
 
     job.estimator.update = record  # type: ignore[method-assign]
     for done in job.steps:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from mixture_core import MixtureConfig, MixtureState, Moments, StepStats, init, step
 from tests.core.common import gaussians
 
-NAMES = ["pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored"]
+NAMES = ["pi", "mu", "Sigma", "B", "R", "trace_B", "opnorm_B", "participation_ratio", "n_ignored", "counts"]
 
 
 @pytest.fixture(name="records")
@@ -111,7 +111,7 @@ def test_stats_have_no_other_keys(stats: StepStats, name: Any) -> None:
 
 def test_stats_have_the_shapes_and_types_of_the_document(stats: StepStats) -> None:
     K, D, scalar = 4, 3, ()
-    shapes = [(K,), (K, D), (K, D, D), (D, D), (40, K), scalar, scalar, scalar, scalar]  # in the order of NAMES
+    shapes = [(K,), (K, D), (K, D, D), (D, D), (40, K), scalar, scalar, scalar, scalar, (K,)]  # in the order of NAMES
     assert [tuple(value.shape) for value in stats.values()] == shapes
     integers = {name for name, value in stats.items() if value.dtype == torch.int64}
     assert integers == {"n_ignored"}

@@ -25,6 +25,7 @@ class Writer(Recorder):
     """A recorder that writes, with responsibilities if a `scores_mode` is given."""
 
     resumes = False  # whether the next row goes on from a checkpoint
+    K: int | None = None  # of rows in `mixture_extra.csv`, if there are to be any
 
     def __init__(self, log_dir: Path, scores_mode: Any = None, *, strict: bool = False, resumes: bool = False) -> None:
         super().__init__(log_dir, scores_mode=scores_mode, writes=lambda: True, strict=strict)
@@ -36,8 +37,20 @@ class Writer(Recorder):
             epoch, step = place if isinstance(place, tuple) else (0, place)
             self.open()
             R = None if self.scores_mode is None else torch.full((N, 3), 1.0 + value)
-            one, self.resumes = Row(step, epoch, 3, 0.25, 0.5, value, value, R, self.resumes), False
+            extra = None if self.K is None else extra_of(self.K, value)
+            one, self.resumes = Row(step, epoch, self.K or 3, 0.25, 0.5, value, value, R, self.resumes, extra), False
             self.write(one)
+
+
+def extra_of(K: int, value: float = 0.0) -> tuple[float, ...]:
+    """The figures that `Writer.log` adds to a row of K components."""
+    return 64, 1, 0, *[value] * 5, *(0.25 + k for k in range(K)), *(16 + k for k in range(K)), *[value] * K
+
+
+def extra_line(place: Place | int, K: int, value: float = 0.0) -> bytes:
+    """The line that `Writer.log` leaves in `mixture_extra.csv`."""
+    epoch, step = place if isinstance(place, tuple) else (0, place)
+    return (",".join(f"{number:.9g}" for number in (step, epoch, *extra_of(K, value))) + "\n").encode()
 
 
 def line(place: Place | int, value: float = 0.0) -> bytes:

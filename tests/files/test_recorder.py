@@ -20,7 +20,9 @@ import torch
 from mixture_torch import MixtureStats, read_log, read_scores
 from mixture_torch.files import recorder as recorders
 from mixture_torch.files.recorder import Recorder, Row
-from mixture_torch.update.arrivals import Arrivals, Report, numbers_of
+from mixture_torch.journal import Logged
+from mixture_torch.update.arrivals import Arrivals, Report
+from mixture_torch.update.figures import numbers_of
 from tests.files.recording import HEADER, said
 from tests.tolerances import FLOAT32
 from tests.wrapper.samples import contents, estimator, log_steps, mixture
@@ -38,7 +40,7 @@ def test_files_are_the_statistics_of_every_step(tmp_path: Path, options: dict[st
     figures = [[s["pi"].min(), s["pi"].max(), s["trace_B"], s["opnorm_B"]] for s in found]
     texts = [",".join([f"{n},4,3", *(f"{float(x):.9g}" for x in row)]) + "\n" for n, row in enumerate(figures)]
     assert rows == HEADER + "".join(texts).encode()
-    names = {"mixture.csv"}
+    names = {"mixture.csv", "mixture_extra.csv", "mixture_last.pt"}
     if options:
         names |= {"mixture_scores.pt"} if len(options) == 1 else {f"mixture_scores/step_00000{n}.pt" for n in range(3)}
         stored = [
@@ -138,7 +140,9 @@ def test_folder_is_that_of_the_time_of_making(tmp_path: Path, monkeypatch: pytes
     assert contents(tmp_path) == {}
     log_steps(wrapper)
     wrapper.close()
-    assert set(contents(tmp_path)) == {"run/mixture.csv", "run/mixture_scores.pt"}
+    assert set(contents(tmp_path)) == {
+        f"run/{name}" for name in ("mixture.csv", "mixture_extra.csv", "mixture_last.pt", "mixture_scores.pt")
+    }
 
 
 @pytest.mark.parametrize("finish", ["flush", "close", "collect"])
@@ -309,19 +313,20 @@ class Later:
         """Now."""
 
 
-def log_later(logged: Arrivals[Callable[[], Row]], step: int, *, resumes: bool = False) -> None:
+def log_later(logged: Arrivals[Logged], step: int, *, resumes: bool = False) -> None:
     """Logs a step whose figures are its number."""
     number = torch.tensor(float(step))
     stats = {"pi": torch.ones(1), "trace_B": number, "opnorm_B": number}
-    report = Report(numbers_of(stats), K=1, arrived=Later())  # type: ignore[arg-type]
-    logged.expect(report, cache(lambda: Row(step, 0, 1, *report.figures, None, resumes)))
+    report = Report(numbers_of(stats, extra=False), K=1, D=1, arrived=Later())  # type: ignore[arg-type]
+    row = cache(lambda: Row(step, 0, 1, *report.figures[:4], None, resumes))
+    logged.expect(report, Logged(row, report, resumes))
 
 
 def test_rows_that_arrive_later_keep_their_order_and_what_they_supersede(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, scores_mode=None, writes=lambda: True, strict=False)
-    logged: Arrivals[Callable[[], Row]] = Arrivals(recorder.turn)
+    logged: Arrivals[Logged] = Arrivals(recorder.turn)
     recorder.open()
-    write: Callable[[Callable[[], Row]], None] = lambda row: recorder.write(row())  # noqa: E731
+    write: Callable[[Logged], None] = lambda logged: recorder.write(logged.row())  # noqa: E731
     for step in (5, 6, 2):
         log_later(logged, step, resumes=step == 2)
     with said():
@@ -335,19 +340,19 @@ def test_rows_that_arrive_later_keep_their_order_and_what_they_supersede(tmp_pat
 
 def test_row_that_was_interrupted_when_it_arrived_is_written_once(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, scores_mode=None, writes=lambda: True, strict=False)
-    logged: Arrivals[Callable[[], Row]] = Arrivals(recorder.turn)
+    logged: Arrivals[Logged] = Arrivals(recorder.turn)
     recorder.open()
 
     def interrupted(row: Callable[[], Row], *, behind: bool) -> None:
         if behind:
-            recorder.write(row())
+            recorder.write(row.row())
         raise KeyboardInterrupt
 
     for step, behind in enumerate((False, True)):
         log_later(logged, step)
         with pytest.raises(KeyboardInterrupt):
             logged.settle(partial(interrupted, behind=behind))
-        logged.settle(lambda row: recorder.write(row()))
+        logged.settle(lambda logged: recorder.write(logged.row()))
     recorder.close()
     assert read_log(tmp_path)["step"].tolist() == [0, 1]
 

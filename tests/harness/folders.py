@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_torch import MixtureStats, read_log, read_scores
+from mixture_torch import MixtureStats, read_extra, read_log, read_scores, read_snapshots
+from mixture_torch.files.extra import extra_header
 from mixture_torch.files.log import HEADER, read_lines
+from mixture_torch.files.recorder import Recorder, Row
 from mixture_torch.files.scores import read_entries
 from mixture_torch.files.shards import ScoreEntry, load_entry
+from mixture_torch.files.snapshots import Snapshot, load_snapshot
 
 Place = tuple[int, int]  # (epoch, step)
 Item = tuple[Place, bytes]  # a row or an entry: where in the run it belongs, and all that is in it
@@ -23,6 +26,8 @@ class Record(NamedTuple):
 
     row: Item
     entry: Item
+    extra: Item | None  # its row in `mixture_extra.csv`, if it has one
+    snapshot: Item | None  # that is written right after it
 
     @property
     def place(self) -> Place:
@@ -42,18 +47,50 @@ class Contents(NamedTuple):
 
     rows: list[Item]
     entries: list[Item]
+    extra: list[Item]
+    snapshots: list[Item]
     rows_aside: list[Item]  # superseded, in the order of the files' numbers
     entries_aside: list[Item]
+    extra_aside: list[Item]
+    snapshots_aside: list[Item]
 
 
-EMPTY = Contents([], [], [], [])
+KINDS = Contents._fields[:4]  # of which there are main files and files that were set aside
+EMPTY = Contents([], [], [], [], [], [], [], [])
+
+
+class FullRecorder(Recorder):
+    """Adds to most rows one of `mixture_extra.csv`, and to some a snapshot."""
+
+    def write(self, row: Row) -> None:
+        """Writes a row and what is added to it."""
+        row.extra = extra_of(row.step, row.K, row.trace_B)
+        super().write(row)
+        if (snapshot := snapshot_of(row.step, row.epoch, row.trace_B)) is not None:
+            self.write_snapshot(snapshot)
+
+
+def extra_of(step: int, K: int, value: float) -> tuple[float, ...] | None:
+    """What is added to the row of a step: nothing to every fifth."""
+    return None if step % 5 == 4 else (step, 0, 1, *([value / 3] * 5), *([value / 7] * K), *([step] * K), *([0.5] * K))
+
+
+def snapshot_of(step: int, epoch: int, value: float) -> Snapshot | None:
+    """The snapshot at a step, at every fourth."""
+    return None if step % 4 else {"step": step, "epoch": epoch, "pi": torch.full((3,), value), "trace_B": value}
 
 
 def recorded(stats: Mapping[str, Tensor], *, step: int, epoch: int) -> Record:
     """Returns what `log_step` should make of statistics."""
     figures = [float(value) for value in (stats["pi"].min(), stats["pi"].max(), stats["trace_B"], stats["opnorm_B"])]
-    line = ",".join([str(step), str(epoch), str(len(stats["pi"])), *(f"{value:.9g}" for value in figures)])
-    return Record(((epoch, step), line.encode() + b"\n"), _item(step, epoch, stats["R"]))
+    K, snapshot = len(stats["pi"]), snapshot_of(step, epoch, figures[2])
+    others = extra_of(step, K, figures[2])
+    return Record(
+        _line(step, epoch, K, *figures),
+        _item(step, epoch, stats["R"]),
+        None if others is None else _line(step, epoch, *others),
+        None if snapshot is None else _frozen(snapshot),
+    )
 
 
 def sample(value: int, *, step: int, epoch: int) -> tuple[dict[str, Tensor], Record]:
@@ -66,10 +103,11 @@ def sample(value: int, *, step: int, epoch: int) -> tuple[dict[str, Tensor], Rec
 
 
 def writer(folder: Path, scores_mode: str, **options: Any) -> MixtureStats:
-    """An estimator of three components that stores responsibilities in a folder."""
-    return MixtureStats(
-        **{"K": 3, "enabled": True, "log_dir": folder, "store_scores": True, "scores_mode": scores_mode, **options}
-    )
+    """An estimator of three components that stores responsibilities, and the snapshots of `FullRecorder`."""
+    stores = {"log_dir": folder, "store_scores": True, "scores_mode": scores_mode, "snapshot_every": 2**40}
+    estimator = MixtureStats(**{"K": 3, "enabled": True, **stores, **options})
+    estimator._journal._recorder.__class__ = FullRecorder
+    return estimator
 
 
 def found(folder: Path) -> Contents:
@@ -77,13 +115,19 @@ def found(folder: Path) -> Contents:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "An unfinished write of ")  # which is no damage
-        logs = sorted(folder.glob("mixture.superseded-*.csv"), key=_number)
-        lists = sorted(folder.glob("mixture_scores.superseded-*"), key=_number)
+        logs, others, lists, shots = (
+            sorted(folder.glob(f"{name}.superseded-*"), key=_number)
+            for name in ("mixture", "mixture_extra", "mixture_scores", "mixture_snapshots")
+        )
         return Contents(
             _rows(folder / "mixture.csv") if (folder / "mixture.csv").exists() else [],
             _items(read_scores(folder)) if _has_scores(folder) else [],
-            [row for path in logs for row in _rows(path)],
+            _rows(folder / "mixture_extra.csv") if (folder / "mixture_extra.csv").exists() else [],
+            list(map(_frozen, read_snapshots(folder))) if any((folder / "mixture_snapshots").glob("step_*.pt")) else [],
+            [row for path in logs if path.suffix != ".tmp" for row in _rows(path)],
             [item for path in lists if path.suffix != ".tmp" for item in _set_aside(path)],
+            [row for path in others if path.suffix != ".tmp" for row in _rows(path)],
+            sorted(_frozen(load_snapshot(shot)) for path in shots for shot in path.glob("*.pt")),
         )
 
 
@@ -103,17 +147,20 @@ def logged(before: Contents, step: Step, *, scores_mode: str) -> Contents:
         scores_mode: How responsibilities are stored; one file a step replaces that of the same step.
     """
     record, resumed = step
-    rows, entries, rows_aside, entries_aside = (list(items) for items in before)
-    if resumed:
-        rows_aside += [row for row in rows if row[0] >= record.place]
-        entries_aside += [entry for entry in entries if entry[0] >= record.place]
-        rows = [row for row in rows if row[0] < record.place]
-        entries = [entry for entry in entries if entry[0] < record.place]
+    now = {name: list(items) for name, items in before._asdict().items()}
+    for kind, new in zip(KINDS, record, strict=True):
+        if resumed:
+            now[f"{kind}_aside"] += [item for item in now[kind] if item[0] >= record.place]
+            now[kind] = [item for item in now[kind] if item[0] < record.place]
+        is_file = kind == "snapshots" or (kind == "entries" and scores_mode == "per_step")
+        if is_file and new is not None:
+            now[kind] = [item for item in now[kind] if item[0][1] != record.place[1]]
+        now[kind] += [] if new is None else [new]
     if scores_mode == "per_step":
-        entries = sorted([entry for entry in entries if entry[0][1] != record.place[1]] + [record.entry], key=_step)
-    else:
-        entries.append(record.entry)
-    return Contents([*rows, record.row], entries, rows_aside, entries_aside)
+        now["entries"].sort(key=_step)
+    now["snapshots"].sort()
+    now["snapshots_aside"].sort()
+    return Contents(**now)
 
 
 def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, scores_mode: str) -> Contents:
@@ -134,15 +181,15 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
         assert now == before
         return now
     after = logged(before, step, scores_mode=scores_mode)
+    if before.rows != after.rows == now.rows:  # the log comes last
+        assert (now.entries, now.extra) == (after.entries, after.extra)
     if not step.resumed:
-        assert now.rows in (before.rows, after.rows)
-        assert now.entries in (before.entries, after.entries)
-        assert (now.rows_aside, now.entries_aside) == (before.rows_aside, before.entries_aside)
+        for kind, items in now._asdict().items():
+            assert items in (getattr(before, kind), getattr(after, kind)), kind
         return now
-    for main, aside, was, was_aside, new in (
-        (now.rows, now.rows_aside, before.rows, before.rows_aside, after.rows),
-        (now.entries, now.entries_aside, before.entries, before.entries_aside, after.entries),
-    ):
+    for kind in KINDS:
+        main, was, new = (getattr(contents, kind) for contents in (now, before, after))
+        aside, was_aside = (getattr(contents, f"{kind}_aside") for contents in (now, before))
         assert Counter(was) + Counter(was_aside) <= Counter(main) + Counter(aside), "lost"
         assert Counter(aside) <= Counter(was_aside) + Counter(was), "set aside what was not there"
         stays = [item for item in was if item[0] < step.record.place]
@@ -152,10 +199,11 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
 
 
 def _rows(path: Path) -> list[Item]:
-    lines = read_lines(path, HEADER).rows
+    is_log = path.name.startswith("mixture.")
+    lines = read_lines(path, HEADER if is_log else extra_header(3)).rows
     places = [(int(epoch), int(step)) for step, epoch, _ in (line.split(b",", 2) for line in lines)]
-    if path.name == "mixture.csv":
-        log = read_log(path.parent)
+    if "superseded" not in path.name:
+        log = (read_log if is_log else read_extra)(path.parent)
         assert places == list(zip(log["epoch"].tolist(), log["step"].tolist(), strict=True))
     return list(zip(places, lines, strict=True))
 
@@ -166,6 +214,15 @@ def _set_aside(path: Path) -> list[Item]:
         if path.is_dir()
         else list(read_entries(path, warnings.warn))
     )
+
+
+def _line(step: int, epoch: int, *others: float) -> Item:
+    texts = [str(number) if isinstance(number, int) else f"{number:.9g}" for number in (step, epoch, *others)]
+    return (epoch, step), ",".join(texts).encode() + b"\n"
+
+
+def _frozen(entry: Snapshot) -> Item:
+    return (entry["epoch"], entry["step"]), repr({**entry, "pi": entry["pi"].tolist()}).encode()
 
 
 def _items(entries: list[ScoreEntry]) -> list[Item]:

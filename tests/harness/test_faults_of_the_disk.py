@@ -95,10 +95,10 @@ FAULTS: dict[str, tuple[Fault, bool, bool]] = {
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB; skips where nobody may mount one."""
+    """A disk of 512 KiB; skips where nobody may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(place)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs to mount a small disk, which this user may not")
     try:
@@ -136,7 +136,10 @@ def test_fault_that_passes_costs_no_byte(
     assert contents(place / "run") == undisturbed(tmp_path, [*BEFORE, *DURING, *AFTER], scores_mode)
 
 
-GROWING = {"append": ["mixture.csv", "mixture_scores.pt"], "per_step": ["mixture.csv"]}
+GROWING = {
+    "append": ["mixture.csv", "mixture_extra.csv", "mixture_scores.pt"],
+    "per_step": ["mixture.csv", "mixture_extra.csv"],
+}
 
 
 @modes

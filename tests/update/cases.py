@@ -54,6 +54,14 @@ def apart(here: Here) -> list[dict[str, Any]]:
     return [attempt(wrapper, *shares(step, sizes)[here.rank]) for step, sizes in enumerate(SIZES)]
 
 
+def pairs_of_views(here: Here, exchange: str) -> dict[str, Any]:
+    wrapper = estimator(cross_rank=exchange, **LABELLED)
+    for step in range(3):
+        x, labels = shares(step, (6, 2, 0, 4))[here.rank]
+        wrapper.update(x, labels, views=2)
+    return wrapper.state_dict()
+
+
 def strict_with_a_bad_row(here: Here, exchange: str) -> list[dict[str, Any]]:
     wrapper = estimator(cross_rank=exchange, strict=True)
     x, labels = shares(0)[here.rank]
@@ -69,7 +77,7 @@ def unseen(here: Here, what: str) -> list[dict[str, Any]]:
 
     def with_report(*arguments: Any, **options: Any) -> Updated:
         updated = commit(*arguments, **options)
-        return updated._replace(report=Report.of(updated.stats))
+        return updated._replace(report=Report.of(updated.stats, extra=False))
 
     with patch.object(Ranks, "on_gpu", True), patch.object(Mixture, "_commit", with_report):
         wrapper = estimator(cross_rank="reduce")
@@ -352,6 +360,7 @@ CASES: dict[str, Case] = {
 for how in EXCHANGES:
     CASES |= {
         f"many types, {how}": partial(of_many_types, exchange=how),
+        f"pairs, {how}": partial(pairs_of_views, exchange=how),
         f"strict, {how}": partial(strict_with_a_bad_row, exchange=how),
         f"two faults, {how}": partial(two_faults, exchange=how),
         **{f"odd step {kind}, {how}": partial(odd_step, kind=kind, exchange=how) for kind in STEPS},

@@ -109,7 +109,7 @@ def test_state_stays_float32_whatever_is_loaded() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda d: d | {"version": 99}, "version=99, but this estimator has version=3"),
+    "version": (lambda d: d | {"version": 99}, "version=99, but this estimator has version=4"),
     "K": (lambda d: d | {"K": 5}, "K=5, but this estimator has K=3"),
     "mode": (lambda d: d | {"mode": "per_batch"}, "mode='per_batch', but this estimator has mode='ema'"),
     "assigner": (lambda d: d | {"assigner": "label_supervised"}, "has assigner='label_supervised', but"),
@@ -179,7 +179,10 @@ def test_state_dict_has_the_same_shapes_before_and_after(updates: int, dim: int 
     D = 0 if updates == 0 and dim is None else 4
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, Tensor)}
     packed = (3, D * (D + 1) // 2)
-    assert shapes == {"weight": (3,), "mean": (3, D), "residual": (3, D), "covariance": packed, "waiting": (12, D)}
+    assert shapes == {
+        "weight": (3,), "mean": (3, D), "residual": (3, D), "covariance": packed, "waiting": (12, D),
+        "n_pairs": (), "V": (D, D), "squares": (5,),
+    }  # fmt: skip
 
 
 @kinds

@@ -44,6 +44,17 @@ def test_ranks_may_differ_in_the_type_of_their_rows(exchange: str, results: Resu
         assert_state_close(found, expected)
 
 
+@exchanges
+def test_ranks_together_have_the_pairs_of_one_process(exchange: str, results: Results) -> None:
+    wrapper = estimator(**LABELLED)
+    for step in range(3):
+        halves = [(*x.chunk(2), *labels.chunk(2)) for x, labels in shares(step, (6, 2, 0, 4))]
+        first, second, labels_1, labels_2 = (torch.cat(parts) for parts in zip(*halves, strict=True))
+        wrapper.update(torch.cat([first, second]), torch.cat([labels_1, labels_2]), views=2)
+    for found in results(f"pairs, {exchange}"):
+        assert_close(found, {key: wrapper.state_dict()[key] for key in ("n_pairs", "V", "squares")}, FLOAT32)
+
+
 @ranks
 def test_ranks_apart_have_stats_of_their_own(rank: int, results: Results) -> None:
     wrapper = estimator()

@@ -26,7 +26,7 @@ def test_garbage_collection_makes_files_complete(tmp_path: Path) -> None:
     log_steps(wrapper)
     del wrapper
     gc.collect()
-    assert set(contents(tmp_path)) == {"mixture.csv", "mixture_scores.pt"}
+    assert set(contents(tmp_path)) == {"mixture.csv", "mixture_extra.csv", "mixture_scores.pt"}
     assert len(torch.load(tmp_path / "mixture_scores.pt")) == 3
 
 
@@ -60,5 +60,5 @@ def log(step):
 
 def test_interpreter_exit_makes_files_complete(tmp_path: Path) -> None:
     run(WRITE + "log(0); log(1)", tmp_path)
-    assert set(contents(tmp_path)) == {"mixture.csv", "mixture_scores.pt"}
+    assert set(contents(tmp_path)) == {"mixture.csv", "mixture_extra.csv", "mixture_scores.pt"}
     assert [entry["step"] for entry in torch.load(tmp_path / "mixture_scores.pt")] == [0, 1]

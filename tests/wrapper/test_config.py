@@ -30,6 +30,8 @@ OTHERS: dict[str, Any] = {
     "scores_mode": "per_step",
     "cross_rank": "reduce",
     "dim": 3,
+    "extra": False,
+    "snapshot_every": 5,
     "seed": 7,
     "strict": True,
 }

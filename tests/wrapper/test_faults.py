@@ -61,7 +61,7 @@ def test_idle_batch_leaves_the_state_and_the_stats_to_the_bit(
     before = bits(wrapper.state_dict())
     after = bits(update_quietly(wrapper, *batch))
     assert bits(wrapper.state_dict()) == before
-    own = ("R", "n_ignored", "n_relocated")  # of the batch, not of the mixture
+    own = ("R", "n_ignored", "n_relocated", "counts")  # of the batch, not of the mixture
     assert {key: value for key, value in after.items() if key not in own} == {
         key: value for key, value in stats.items() if key not in own
     }

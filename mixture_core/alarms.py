@@ -1,0 +1,240 @@
+"""Alarms: what changed, and what is wrong, from the figures that are logged at each step.
+
+`observe` is a pure function that takes one row of a log after another: the same live as over a finished log. It runs on
+plain numbers, since it is called at each training step, on the host.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+import attrs
+
+BASELINE, GAP = 40, 4  # rows that a row is compared with, and rows between these and it
+WINDOW = BASELINE + GAP
+# How many standard deviations two rows in succession must be off. On SimCLR runs over digits (260 steps, K = 10,
+# D = 32), 1 of 35 healthy runs raised a false alarm with these limits; the largest of the scalars were 4.5 and 5.2.
+CHANGE = 3.5
+SCALARS = (("trace_T", 4.8), ("share_B", 5.5))
+# Compared figures are whole multiples of this unit, so running sums are exact and depend on the window alone.
+UNIT = 2.0**-19
+LASTING = 20  # rows in succession after which a level is reported
+LASTING_EXCESS = 2  # known values of the excess in succession, since it is not computed at each step
+
+COLLAPSED = 0.05  # trace_T; rows of norm 1 that fill the sphere have 1
+FLAT, ONE_WAY = 0.15, 0.25  # participation_ratio / D, and opnorm_B / trace_B, at dimensional collapse
+SHAPELESS, ROUND = 0.06, 0.5  # excess, and participation_ratio / D, of embeddings without clusters
+POINT = 0.2  # rel of a component relative to the median
+DEAD = 0.01  # pi times K
+
+Row: TypeAlias = tuple[float, ...]  # (K + 2,) the compared figures, in UNITs
+Levels: TypeAlias = Mapping[tuple[str, int | None], tuple[int, int]]
+
+
+class Reading(NamedTuple):
+    """The figures of one logged step; a figure that is not known is nan."""
+
+    step: int
+    n_rows: int  # usable rows of the batch
+    n_relocated: int
+    trace_B: float
+    opnorm_B: float
+    trace_T: float
+    participation_ratio: float
+    pi: tuple[float, ...]  # (K,)
+    n: tuple[float, ...]  # (K,) rows of the batch
+    rel: tuple[float, ...]  # (K,) tr Sigma_k / tr T
+    excess: float = math.nan
+
+
+@attrs.frozen(kw_only=True)
+class Alarm:
+    """Something that changed, or a level that lasts.
+
+    Attributes:
+        kind: `composition` (a component's share of the batch changed), `trace_T` or `share_B` (it changed), `collapse`,
+            `dimensional collapse`, `no structure`, `point component` or `dead component`.
+        component: Which one; None if the alarm is about all embeddings.
+        step: The step at which it was raised.
+        since: The first step of the change or of the level.
+        figures: What it rests on, by name.
+    """
+
+    kind: str
+    component: int | None
+    step: int
+    since: int
+    figures: Mapping[str, float]
+
+    def __str__(self) -> str:
+        """Returns the alarm in one line."""
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in self.figures.items())
+        about = "" if self.component is None else f" (component {self.component})"
+        return f"{self.kind}{about} since step {self.since}: {figures}"
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class AlarmState:
+    """What `observe` has to know of earlier rows.
+
+    Attributes:
+        D: Width of the embeddings.
+        step: Of the last row.
+        count: Rows since the first, or since K changed.
+        settled: Rows since components were last relocated.
+        window: The compared figures of the last 44 rows; zeros before the first.
+        sums: Their sums over the first 40 of these rows.
+        squares: Their sums of squares over these.
+        off: Index of each figure that was beyond its limit in the last row: its deviation.
+        quiet: Index of each figure that has changed: for how many more rows it raises no alarm.
+        largest: Largest trace_T so far.
+        levels: Kind and component of each level beyond its bound: since when, and for how many rows.
+    """
+
+    D: int
+    step: int = 0
+    count: int = 0
+    settled: int = 0
+    window: tuple[Row, ...] = ()
+    sums: Row = ()
+    squares: Row = ()
+    off: Mapping[int, float] = attrs.field(factory=dict)
+    quiet: Mapping[int, int] = attrs.field(factory=dict)
+    largest: float = 0.0
+    levels: Levels = attrs.field(factory=dict)
+
+
+def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alarm, ...]]:
+    """Returns the state after one more row of the log, and the alarms that this row raises.
+
+    A share of the batch is compared as sqrt(n_k / N), whose standard deviation, 1 / (2 sqrt(N)), does not depend on
+    the share, and trace_T and share_B by their logarithms. Each is compared with its mean over 40 rows, in their
+    standard deviations, after a gap of 4 rows. It changed if two rows in succession are off by more than the limit with
+    one sign; that says *changed*, not failed. For the next 44 rows it raises no further alarm. A relocation gives
+    components another meaning, and their comparison begins anew. Rows without usable embeddings are passed over.
+
+    The levels are for embeddings of norm 1. A level is reported once when it has lasted for 20 rows, and again if it
+    came back. A figure that is not known leaves it as it is.
+
+    Args:
+        state: `AlarmState(D=...)` before the first row.
+        reading: The row.
+
+    Example:
+        >>> from mixture_core.alarms import AlarmState, Reading, observe
+        >>> state = AlarmState(D=8)
+        >>> for step in range(60):
+        ...     n = (50.0 + step % 3, 50.0 - step % 3) if step < 50 else (100.0, 0.0)
+        ...     reading = Reading(step, 100, 0, 0.5, 0.4, 1.0, 4.0, (0.5, 0.5), n, (0.5, 0.5))
+        ...     state, alarms = observe(state, reading)
+        ...     for alarm in alarms:
+        ...         print(alarm.kind, alarm.component, alarm.since)
+        composition 0 50
+        composition 1 50
+
+    Bartlett, "The use of transformations" (1947), for the square root.
+    """
+    if not reading.n_rows or not math.isfinite(reading.trace_T + reading.trace_B + sum(reading.n)):
+        return state, ()
+    row = _compared(reading)
+    if len(state.sums) != len(row):
+        zeros = (0.0,) * len(row)
+        window, largest, levels = (zeros,) * WINDOW, state.largest, state.levels
+        state = AlarmState(D=state.D, window=window, sums=zeros, squares=zeros, largest=largest, levels=levels)
+    settled = 0 if reading.n_relocated else state.settled + 1
+    off = _off(state, row, reading.n_rows, settled) if state.count >= WINDOW else {}
+    changed = [i for i in off if off[i] * state.off.get(i, 0.0) > 0 and i not in state.quiet]
+    quiet = {i: rows - 1 for i, rows in state.quiet.items() if rows > 1}
+    largest = max(state.largest, reading.trace_T)
+    levels, lasting = _levels(state, reading, largest)
+    sums, squares, enter, leave = state.sums, state.squares, state.window[-GAP], state.window[0]
+    after = AlarmState(
+        D=state.D,
+        step=reading.step,
+        count=state.count + 1,
+        settled=settled,
+        window=(*state.window[1:], row),
+        sums=tuple([total + a - b for total, a, b in zip(sums, enter, leave, strict=True)]),
+        squares=tuple([total + (a - b) * (a + b) for total, a, b in zip(squares, enter, leave, strict=True)]),
+        off=off,
+        quiet=quiet | dict.fromkeys(changed, WINDOW),
+        largest=largest,
+        levels=levels,
+    )
+    return after, (*[_change(reading, i, off[i], since=state.step) for i in changed], *lasting)
+
+
+def _compared(reading: Reading) -> Row:
+    """The figures of a row that are compared with earlier ones."""
+    unit, tiny = math.sqrt(reading.n_rows) * UNIT, 1e-12
+    share_B = reading.trace_B / max(reading.trace_T, tiny)
+    scalars = [math.log(max(scalar, tiny)) // UNIT for scalar in (reading.trace_T, share_B)]
+    return (*[math.sqrt(n) // unit for n in reading.n], *scalars)
+
+
+def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, float]:
+    """Deviation of each figure that is beyond its limit, in standard deviations."""
+    K = len(row) - len(SCALARS)
+    least = 0.5 / math.sqrt(n_rows) / UNIT  # what drawing the batch alone gives
+    suspects = [(K + i, limit, 1.0) for i, (_, limit) in enumerate(SCALARS)]
+    if settled >= WINDOW:
+        bound = BASELINE * CHANGE * least
+        away = [BASELINE * value - total for value, total in zip(row[:K], state.sums[:K], strict=True)]
+        suspects += [(i, CHANGE, least) for i, distance in enumerate(away) if not -bound < distance < bound]
+    off: dict[int, float] = {}
+    for i, limit, least in suspects:
+        total = state.sums[i]
+        variance = (BASELINE * state.squares[i] - total * total) / (BASELINE * (BASELINE - 1))
+        deviation = (row[i] - total / BASELINE) / math.sqrt(max(variance, least * least))
+        if abs(deviation) > limit:
+            off[i] = deviation
+    return off
+
+
+def _change(reading: Reading, index: int, deviation: float, *, since: int) -> Alarm:
+    K, step = len(reading.pi), reading.step
+    if index < K:
+        figures = {"pi": reading.pi[index], "n": reading.n[index], "deviation": deviation}
+        return Alarm(kind="composition", component=index, step=step, since=since, figures=figures)
+    figures = {"trace_T": reading.trace_T, "trace_B": reading.trace_B, "deviation": deviation}
+    return Alarm(kind=SCALARS[index - K][0], component=None, step=step, since=since, figures=figures)
+
+
+def _levels(state: AlarmState, reading: Reading, largest: float) -> tuple[Levels, list[Alarm]]:
+    """The levels beyond their bound after this row, and the alarms of those that have lasted."""
+    levels: dict[tuple[str, int | None], tuple[int, int]] = {}
+    alarms: list[Alarm] = []
+    for kind, component, figures in _beyond(state.D, reading, largest):
+        since, rows = state.levels.get((kind, component), (reading.step, 0))
+        if not math.isnan(sum(figures.values())):
+            rows += 1
+            if rows == (LASTING_EXCESS if kind == "no structure" else LASTING):
+                alarms.append(Alarm(kind=kind, component=component, step=reading.step, since=since, figures=figures))
+        if rows:
+            levels[kind, component] = since, rows
+    return levels, alarms
+
+
+def _beyond(D: int, reading: Reading, largest: float) -> Iterator[tuple[str, int | None, dict[str, float]]]:
+    """Kind, component and figures of each level that is beyond its bound or not known."""
+    K, pi, rel, excess = len(reading.pi), reading.pi, reading.rel, reading.excess
+    used = reading.participation_ratio / D
+    one_way = reading.opnorm_B / reading.trace_B if reading.trace_B > 0 else 0.0
+    if reading.trace_T < COLLAPSED * min(largest, 1.0):
+        yield "collapse", None, {"trace_T": reading.trace_T}
+    if math.isnan(used + one_way) or (used < FLAT and one_way > ONE_WAY):
+        yield "dimensional collapse", None, {"participation_ratio / D": used, "opnorm_B / trace_B": one_way}
+    if math.isnan(excess + used) or (excess < SHAPELESS and used > ROUND):
+        yield "no structure", None, {"excess": excess, "participation_ratio / D": used}
+    dead = [k for k, share in enumerate(pi) if share * K < DEAD] if min(pi) * K < DEAD else []
+    for k in dead:
+        yield "dead component", k, {"pi": pi[k]}
+    is_known = not math.isnan(sum(rel))
+    if is_known and min(rel) >= POINT * max(rel):
+        return  # the usual case, without sorting
+    alive = [k for k in range(K) if k not in dead]
+    ordered = sorted([rel[k] for k in alive])
+    median = (ordered[(len(alive) - 1) // 2] + ordered[len(alive) // 2]) / 2 if alive and is_known else math.nan
+    for k in alive:
+        if not rel[k] >= POINT * median:
+            yield "point component", k, {"rel": rel[k], "median": median}

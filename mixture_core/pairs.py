@@ -1,0 +1,158 @@
+"""What two views of each sample tell: their covariance within a sample, and how uncertain the mixture's figures are."""
+
+import math
+
+import attrs
+import torch
+from torch import Tensor
+
+from mixture_core.inputs import as_embeddings
+from mixture_core.moments import Moments, safe_divide
+from mixture_core.pytrees import pytree
+from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
+
+RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
+
+
+@pytree
+@attrs.frozen(eq=False, kw_only=True)
+class Pairs:
+    """Statistics of pairs of views, averaged over the same window as the mixture.
+
+    Attributes:
+        weight: () number of pairs, decayed as samples are.
+        V: (D, D) covariance within samples: the mean of (z1 - z2)(z1 - z2)^T / 2.
+        squares: (K + 2,) sums of the squared influence of each pair on pi_1, ..., pi_K, trace_B and share_B, decayed
+            twice as fast.
+
+    Example:
+        >>> import torch, mixture_core
+        >>> from mixture_core import pairs
+        >>> x = torch.tensor([[0.0], [4.0], [1.0], [5.0]])  # rows 0 and 2 are views of one sample, as are 1 and 3
+        >>> state, stats = mixture_core.step(mixture_core.init(mixture_core.MixtureConfig(K=2), x), x)
+        >>> seen = pairs.observe(pairs.none(K=2, D=1), x, stats.R, stats.moments, decay=0.95)
+        >>> float(seen.V), float(pairs.alignment(seen))
+        (0.5, 1.0)
+    """
+
+    weight: Tensor
+    V: Tensor
+    squares: Tensor
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Standard errors of pi_1, ..., pi_K, trace_B and share_B, (K + 2,); nan before the first pair.
+
+        They hold for independent samples, and for the clusters as they are found: where clusters overlap, they are
+        lower bounds, since they ignore that other samples would have moved the border. In a constant window of n pairs
+        per step they are sqrt(v (1 - decay) / (1 + decay)), v being the variance of one step's mean.
+        """
+        return self.squares.sqrt() / self.weight[..., None]
+
+
+def none(*, K: int, D: int) -> Pairs:
+    """Returns the statistics before the first pair."""
+    weight = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+    return Pairs(weight=weight, V=weight.new_zeros(D, D), squares=weight.new_zeros(K + 2))
+
+
+def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: float | Tensor) -> Pairs:
+    """Returns the statistics after one more batch of pairs.
+
+    With k the component of x and m the mean of all, a row's influence is R_k - pi_k on pi_k, psi = |x - m|^2 -
+    |x - mu_k|^2 - tr B on trace_B, and (psi - s (|x - m|^2 - tr T)) / tr T on s = share_B. Rows of a pair are
+    dependent, so the variance is that of the pairs' means.
+
+    Args:
+        pairs: From `none` or the batch before.
+        x: (2n, D) embeddings: rows i and i + n are views of one sample.
+        R: (2n, K) their responsibilities; a pair with a row of zeros does not count.
+        moments: The mixture after the batch.
+        decay: Factor by which earlier weights are multiplied: `ema_decay`, or 1 for a further part of a step.
+
+    Raises:
+        ValueError: The number of rows is odd, or shapes do not fit.
+
+    Hampel, "The influence curve and its role in robust estimation" (1974), for the variances.
+    """
+    return accumulate(pairs, batch_pairs(x, R, moments), decay=decay)
+
+
+def batch_pairs(x: Tensor, R: Tensor, moments: Moments) -> Pairs:
+    """Returns the statistics of one batch alone; the arguments and errors are those of `observe`."""
+    return from_sums(pair_sums(x, R, moments), K=R.shape[1])
+
+
+def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
+    """Returns sums over the pairs of a batch, or of a rank's share of it, which add up, (1 + 2 (K + 2) + D^2,).
+
+    They are the number of pairs, their influences, the squares of these, and (z1 - z2)(z1 - z2)^T. Of the covariances,
+    only the diagonals are read. Arguments and errors are those of `observe`.
+    """
+    x = as_embeddings(x, D=moments.mean.shape[-1], name="x")
+    if x.shape[0] % 2 or R.shape[0] != x.shape[0]:
+        raise ValueError(f"`x` and `R` must have the same, even number of rows, got {x.shape[0]} and {R.shape[0]}.")
+    first, second = x.tensor_split(2)
+    usable = torch.stack((R.sum(dim=1) > 0).tensor_split(2)).all(dim=0)
+    difference = torch.where(usable[:, None], first - second, 0.0)
+    influence = torch.stack(_influence(x, R, moments).tensor_split(2)).mean(dim=0)
+    influence = torch.where(usable[:, None], influence, 0.0)
+    sums = [usable.sum()[None].to(x.dtype), influence.sum(dim=0), influence.square().sum(dim=0)]
+    return torch.cat([*sums, (difference.mT @ difference).flatten()])
+
+
+def from_sums(sums: Tensor, *, K: int) -> Pairs:
+    """Returns the statistics of a batch whose `pair_sums` these are."""
+    n, influence, squares, outer = sums.split_with_sizes([1, K + 2, K + 2, len(sums) - 2 * K - 5])
+    centred = (squares - safe_divide(influence.square(), n)).clamp(min=0.0)
+    D = math.isqrt(len(outer))
+    return Pairs(weight=n[0], V=safe_divide(outer, 2 * n).view(D, D), squares=centred * safe_divide(n, n - 1))
+
+
+def accumulate(pairs: Pairs, batch: Pairs, *, decay: float | Tensor) -> Pairs:
+    """Returns the statistics of earlier pairs, decayed, and of a batch together."""
+    weight = pairs.weight * decay + batch.weight
+    V = torch.lerp(pairs.V, batch.V, safe_divide(batch.weight, weight))
+    return Pairs(weight=weight, V=V, squares=pairs.squares * decay**2 + batch.squares)
+
+
+def alignment(pairs: Pairs) -> Tensor:
+    """Returns the mean squared distance between views of a sample, (): 2 tr V.
+
+    Wang and Isola, "Understanding contrastive representation learning through alignment and uniformity on the
+    hypersphere" (2020), section 4.1, with alpha = 2.
+    """
+    return 2 * pairs.V.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def lidar(moments: Moments, pairs: Pairs) -> Tensor:
+    """Returns LiDAR with two views of each sample, () in [1, D]: exp(H(p)).
+
+    p are the eigenvalues of Sigma_w^-1/2 Sigma_b Sigma_w^-1/2 over their sum, with Sigma_w = V + 1e-4 I and
+    Sigma_b = (T - V / 2) n / (n - 1), for n samples.
+
+    Args:
+        moments: Of the same rows as `pairs`.
+        pairs: Statistics of the views.
+
+    Thilak et al., "LiDAR: Sensing linear probing performance in joint embedding SSL architectures" (2024), section 3.
+    """
+    V, T, n = pairs.V.double(), total(moments).double(), pairs.weight.double()[..., None, None]
+    between = (T - V / 2) * safe_divide(n, n - 1)
+    eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
+    factor = torch.linalg.cholesky(V + RIDGE * eye)
+    left = torch.linalg.solve_triangular(factor, between, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, left.mT, upper=False)
+    eigenvalues = torch.linalg.eigvalsh((whitened + whitened.mT) / 2).clamp(min=0.0)
+    shares = safe_divide(eigenvalues, eigenvalues.sum(dim=-1, keepdim=True)) + EPSILON
+    return _exp_entropy(shares).to(moments.mean.dtype)
+
+
+def _influence(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
+    """Each row's influence on pi, trace_B and share_B, (2n, K + 2)."""
+    mean = moments.pi @ moments.mean
+    away = (x - mean).square().sum(dim=1)
+    psi = away - (x - R @ moments.mean).square().sum(dim=1) - moments.trace_B
+    total = trace_T(moments)
+    share = safe_divide(psi - share_B(moments) * (away - total), total)
+    return torch.cat([R - moments.pi, psi[:, None], share[:, None]], dim=1)

@@ -1,0 +1,100 @@
+"""`mixture_extra.csv`: further figures of each logged step, with three columns per component."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mixture_torch.files.disk import set_aside
+from mixture_torch.files.log import Lines, RowsFile, read_lines, read_table
+
+EXTRA_FILE = "mixture_extra.csv"
+INTEGERS = ("step", "epoch", "n_rows", "n_ignored", "n_relocated")
+FIGURES = ("trace_T", "share_B", "participation_ratio", "se_trace_B", "alignment")
+PER_COMPONENT = ("pi", "n", "rel")
+
+
+@cache
+def extra_header(K: int) -> bytes:
+    """Returns the names of the columns for K components, with commas."""
+    return ",".join([*INTEGERS, *FIGURES, *(f"{name}_{k}" for name in PER_COMPONENT for k in range(K))]).encode("ascii")
+
+
+class ExtraFile(RowsFile):
+    """Appends rows to `mixture_extra.csv`, all of which have the same K."""
+
+    def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
+        super().__init__(path, b"", say=say)
+        self.begin()
+
+    def begin(self) -> None:
+        """Lets the next row tell K."""
+        self._header = b""  # until then, an empty file stays empty
+        self._warned = False
+
+    def read(self) -> Lines:
+        """Returns the content, whatever its K; raises a ValueError if the file has another format."""
+        return read_lines(self.path, extra_header(K_of(self.path)))
+
+    def open_for(self, K: int) -> bool:
+        """Opens the file for a row of K components, and returns whether it is open with this K.
+
+        The first row tells K, and moves a file with another K aside as a whole. Later rows of another K are of another
+        estimator: if they moved the file too, there would be a new one at each step.
+        """
+        header = extra_header(K) + b"\n"
+        if not self._header:
+            self.close()
+            self._header = header
+        if header == self._header:
+            self.open()
+        elif not self._warned:
+            self._warned = True
+            self._say(f"`{self.path}` has rows of another K; rows of K={K} are left out.")
+        return header == self._header
+
+    def look(self) -> int:
+        """Returns how many bytes are header and rows; sets a torn row, or a file with another K, aside."""
+        header = self.read().header.split()
+        if header and self._header and header != self._header.split():
+            aside = self.unused()
+            set_aside(self.path, aside)
+            self._say(
+                f"`{self.path}` has the columns of another K; it was moved to `{aside.name}`, a new one is begun."
+            )
+        return super().look()
+
+
+def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
+    """Returns `mixture_extra.csv` as one array per column, with one element per step; `pi`, `n`, `rel` are (steps, K).
+
+    A last row without a newline, as after a crash, is left out. Reading changes no file and may be done while the
+    run still writes.
+
+    Args:
+        log_dir: The run folder, as given to the estimator.
+
+    Returns:
+        `step`, `epoch`, `n_rows`, `n_ignored` and `n_relocated` as int64, all others as float64.
+
+    Raises:
+        FileNotFoundError: The folder has no `mixture_extra.csv`.
+        ValueError: The file is another program's, or a row has too few or too many numbers.
+    """
+    path = Path(log_dir) / EXTRA_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"`{log_dir}` has no `{EXTRA_FILE}`; was `extra` on?")
+    K = K_of(path)
+    single = [(name, np.int64 if name in INTEGERS else np.float64) for name in INTEGERS + FIGURES]
+    return read_table(path, extra_header(K), [*single, *((name, np.float64, (K,)) for name in PER_COMPONENT)])
+
+
+def K_of(path: Path) -> int:
+    """Returns for how many components a file has columns; 1 if that cannot be told, as from a torn header."""
+    if not path.is_file():
+        return 1
+    with open(path, "rb") as file:  # beside those of the components, one column begins with p
+        return max(file.readline().count(b",p") - 1, 1)

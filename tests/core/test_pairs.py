@@ -1,0 +1,92 @@
+"""Two views of each sample: alignment and LiDAR by their definitions, and standard errors that hold."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_core import MixtureConfig, MixtureState, Moments, init, pairs, readings, step
+from tests.core.common import gaussians
+from tests.tolerances import FLOAT32, relative_error
+
+K = 8
+
+
+def lidar_of_rows(z: Tensor) -> Tensor:
+    """LiDAR of (n, q, D) views, as section 3 of the paper defines it."""
+    n, q, D = z.shape
+    own = z.mean(dim=1)
+    between = own.mT.cov(correction=1)
+    away = (z - own[:, None]).reshape(-1, D)
+    within = away.mT @ away / (n * (q - 1)) + 1e-4 * torch.eye(D, dtype=z.dtype)
+    eigenvalues, vectors = torch.linalg.eigh(within)
+    root = vectors @ torch.diag(eigenvalues**-0.5) @ vectors.mT
+    p = torch.linalg.eigvalsh(root @ between @ root)
+    p = p / p.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum())
+
+
+@pytest.mark.parametrize("D", [32, 512])
+def test_alignment_and_lidar_equal_their_definition_on_the_rows(D: int) -> None:
+    x, _, _ = gaussians(0, N=6400, D=D, K=K, apart=4.0)
+    generator = torch.Generator().manual_seed(1)
+    z1, z2 = (x + 0.3 * torch.randn(6400, D, generator=generator) for _ in range(2))
+    state, seen = init(MixtureConfig(K=K, ema_decay=1 - 1e-15), z1[:512]), pairs.none(K=K, D=D)
+    for views in zip(z1.split(64), z2.split(64), strict=True):
+        state, stats = step(state, torch.cat(views))
+        seen = pairs.observe(seen, torch.cat(views), stats.R, stats.moments, decay=1.0)
+    z = torch.stack([z1, z2], dim=1).double()
+    assert relative_error(pairs.alignment(seen), (z[:, 0] - z[:, 1]).square().sum(dim=1).mean()) <= FLOAT32
+    assert relative_error(pairs.lidar(state.moments, seen), lidar_of_rows(z)) <= FLOAT32
+
+
+@pytest.mark.parametrize("apart", [2.0, 6.0])
+def test_intervals_of_two_standard_errors_hold_the_truth_95_times_in_100(apart: float) -> None:
+    _, _, means = gaussians(0, D=16, K=K, apart=apart)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        sample = means[torch.randint(K, (128,), generator=generator)] + 0.8 * torch.randn(128, 16, generator=generator)
+        return torch.cat([sample + 0.6 * torch.randn(128, 16, generator=generator) for _ in range(2)])
+
+    moments = Moments(weight=torch.ones(K), mean=means, covariance=torch.zeros(K, 16, 16))
+    state = MixtureState(config=MixtureConfig(K=K, ema_decay=0.8), moments=moments)
+    seen, found, errors = pairs.none(K=K, D=16), [], []
+    for n in range(1500):
+        x = draw()
+        state, stats = step(state, x)
+        seen = pairs.observe(seen, x, stats.R, stats.moments, decay=0.8)
+        if n >= 50 and n % 5 == 0:
+            found.append(torch.cat([stats.pi, stats.trace_B[None], readings.share_B(stats.moments)[None]]))
+            errors.append(seen.standard_errors)
+    truth = torch.stack(found).mean(dim=0)
+    covered = ((torch.stack(found) - truth).abs() < 1.96 * torch.stack(errors)).double().mean(dim=0)
+    assert covered.min() >= 0.90
+    assert covered.max() <= 0.98
+
+
+def test_pair_with_an_ignored_row_does_not_count() -> None:
+    x = torch.tensor([[0.0, 1.0], [3.0, 1.0], [5.0, 1.0], [1.0, 1.0], [torch.nan, 1.0], [6.0, 1.0]])
+    _, stats = step(init(MixtureConfig(K=2), x), x)
+    seen = pairs.observe(pairs.none(K=2, D=2), x, stats.R, stats.moments, decay=0.9)
+    without = pairs.observe(pairs.none(K=2, D=2), x[[0, 2, 3, 5]], stats.R[[0, 2, 3, 5]], stats.moments, decay=0.9)
+    for name in ("weight", "V", "squares"):
+        torch.testing.assert_close(getattr(seen, name), getattr(without, name))
+
+
+def test_further_part_of_a_step_adds_pairs_that_do_not_decay() -> None:
+    x = gaussians(0, N=64, D=4, K=2).embeddings
+    _, stats = step(init(MixtureConfig(K=2), x), x)
+    whole = pairs.observe(pairs.none(K=2, D=4), x, stats.R, stats.moments, decay=0.9)
+    parts = pairs.none(K=2, D=4)
+    for rows, decay in ((torch.arange(16), 0.9), (torch.arange(16, 32), 1.0)):
+        rows = torch.cat([rows, rows + 32])
+        parts = pairs.observe(parts, x[rows], stats.R[rows], stats.moments, decay=decay)
+    torch.testing.assert_close(parts.V, whole.V)
+    assert float(parts.weight) == float(whole.weight) == 32
+
+
+def test_odd_number_of_rows_is_refused() -> None:
+    x = torch.randn(5, 2)
+    _, stats = step(init(MixtureConfig(K=2), x), x)
+    with pytest.raises(ValueError, match="even number of rows, got 5"):
+        pairs.observe(pairs.none(K=2, D=2), x, stats.R, stats.moments, decay=0.9)

@@ -1,0 +1,179 @@
+"""More than seven columns: pairs of views, alarms, snapshots, and the same after a kill and a resume."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_core import readings
+from mixture_core.alarms import Alarm
+from mixture_torch import MixtureStats, NTXentLoss, activate, read_extra, read_log, read_snapshots
+from tests.tolerances import FLOAT32, relative_error
+from tests.wrapper.samples import contents, estimator, mixture
+
+GONE = 180  # the step at which a cluster disappears
+
+
+def views(step: int) -> Tensor:
+    """Two noisy views of 64 samples of four clusters, one of which disappears."""
+    generator = torch.Generator().manual_seed(step)
+    label = torch.randint(4 if step < GONE else 3, (64,), generator=generator)
+    sample = 3 * torch.eye(4, 12)[label] + 0.1 * torch.randn(64, 12, generator=generator)
+    return torch.cat([sample + 0.05 * torch.randn(64, 12, generator=generator) for _ in range(2)])
+
+
+def train(
+    folder: Path, steps: range, state_dict: dict[str, Any] | None = None
+) -> tuple[MixtureStats, list[str], list[dict[str, Any]]]:
+    """Trains with a checkpoint every 30 steps; returns the estimator, the alarms and the checkpoints."""
+    alarms: list[str] = []
+    wrapper = estimator(K=4, log_dir=folder, on_alarm=lambda alarm: alarms.append(str(alarm)))
+    if state_dict is not None:
+        wrapper.load_state_dict(state_dict)
+    checkpoints = []
+    for step in steps:
+        wrapper.update(views(step), views=2)
+        wrapper.log_step(step=step, epoch=0)
+        if step % 30 == 29:
+            wrapper.flush()
+            checkpoints.append(wrapper.state_dict())
+    return wrapper, alarms, checkpoints
+
+
+@pytest.mark.filterwarnings("ignore:.* is resumed at step")
+def test_resumed_run_has_the_files_and_alarms_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, alarms, _ = train(tmp_path / "whole", range(240))
+    whole.close()
+    _killed, before, checkpoints = train(tmp_path / "resumed", range(190))
+    resumed, after, _ = train(tmp_path / "resumed", range(180, 240), checkpoints[-1])
+    resumed.close()
+    assert len(checkpoints) == 6
+    assert after
+    assert after == alarms  # those of the killed run after its checkpoint are raised again
+    assert before == alarms[: len(before)]
+    found, expected = contents(tmp_path / "resumed"), contents(tmp_path / "whole")
+    assert {name: found[name] for name in expected} == expected
+    assert "mixture_extra.superseded-1.csv" in found
+
+
+def lose_a_cluster(wrapper: MixtureStats, steps: int) -> None:
+    for step in range(steps):
+        wrapper.update(views(step))
+        wrapper.log_step(step=step, epoch=0)
+
+
+def test_cluster_that_disappears_is_named(tmp_path: Path) -> None:
+    alarms: list[Alarm] = []
+    lose_a_cluster(estimator(K=4, log_dir=tmp_path, on_alarm=alarms.append), GONE + 3)
+    lost = int(read_extra(tmp_path)["n"][-1].argmin())
+    assert [(alarm.kind, alarm.component, alarm.since) for alarm in alarms] == [("composition", lost, GONE)]
+
+
+def test_alarms_warn_once_for_each_kind_without_a_function(tmp_path: Path) -> None:
+    wrapper = estimator(K=4, log_dir=tmp_path)
+    with pytest.warns(UserWarning, match="Alarm: composition") as said:
+        lose_a_cluster(wrapper, GONE + 60)
+    assert len([one for one in said if "Alarm: composition" in str(one.message)]) == 1
+
+
+def test_function_for_alarms_that_raises_ends_no_run(tmp_path: Path) -> None:
+    def fail(alarm: Alarm) -> None:
+        raise RuntimeError("no network")
+
+    wrapper = estimator(K=4, log_dir=tmp_path, on_alarm=fail)
+    with pytest.warns(UserWarning, match="`on_alarm` raised RuntimeError: no network"):
+        lose_a_cluster(wrapper, GONE + 3)
+
+
+def test_alarms_need_a_folder() -> None:
+    with pytest.raises(ValueError, match="`log_dir` must be given with `store_scores` or `on_alarm`"):
+        estimator(on_alarm=print)
+
+
+def test_extra_row_holds_the_readings_of_the_step(tmp_path: Path) -> None:
+    with estimator(K=4, log_dir=tmp_path) as wrapper:
+        for step in range(3):
+            stats = wrapper.update(views(step), views=2)
+            wrapper.log_step(step=step, epoch=1)
+    rows, log, m = read_extra(tmp_path), read_log(tmp_path), stats.moments
+    expected = {
+        "n_rows": 128, "n_ignored": 0, "n_relocated": 0, "trace_T": readings.trace_T(m), "share_B": readings.share_B(m),
+        "participation_ratio": stats.participation_ratio, "pi": stats.pi, "n": stats.R.sum(dim=0),
+        "rel": stats.Sigma.diagonal(dim1=1, dim2=2).sum(dim=1) / readings.trace_T(m),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert relative_error(torch.as_tensor(rows[name][-1]), torch.as_tensor(value)) <= FLOAT32, name
+    assert rows["step"].tolist() == log["step"].tolist() == [0, 1, 2]
+    assert 0.04 <= rows["alignment"][-1] <= 0.08  # 2 * 12 * 0.05^2
+    assert 0 < rows["se_trace_B"][-1] < 0.5
+    scalars = stats.scalars()
+    assert scalars["trace_B"] == float(stats.trace_B)
+    assert scalars["n_2"] == rows["n"][-1][2]
+
+
+def test_extra_row_of_a_step_without_usable_rows_has_counts_alone(tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path) as wrapper:
+        wrapper.update(mixture()[0])
+        with pytest.warns(UserWarning, match="rows were ignored"):
+            wrapper.update(torch.full((8, 4), math.nan))
+        wrapper.log_step(step=0, epoch=0)
+    rows = read_extra(tmp_path)
+    assert (rows["n_rows"].tolist(), rows["n_ignored"].tolist(), rows["n"].tolist()) == ([8], [8], [[0.0] * 3])
+    assert all(math.isnan(rows[name][0]) for name in ("trace_T", "share_B", "participation_ratio", "alignment"))
+
+
+def test_without_extra_there_is_nothing_but_the_log(tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path, extra=False) as wrapper:
+        wrapper.update(mixture()[0])
+        wrapper.log_step(step=0, epoch=0)
+    assert set(contents(tmp_path)) == {"mixture.csv"}
+
+
+def test_snapshots_come_at_each_flush_or_every_so_many_steps(tmp_path: Path) -> None:
+    for every, expected in ((None, [3, 5]), (2, [1, 3, 5])):
+        with estimator(log_dir=tmp_path / str(every), snapshot_every=every) as wrapper:
+            for step in range(6):
+                wrapper.update(mixture(seed=step)[0])
+                wrapper.log_step(step=step, epoch=0)
+                if step in (3, 5):
+                    wrapper.flush()
+                    wrapper.flush()
+        entries = read_snapshots(tmp_path / str(every))
+        assert [entry["step"] for entry in entries] == expected
+    m = wrapper.state.moments  # type: ignore[union-attr]
+    entry = entries[-1]
+    torch.testing.assert_close(entry["spectrum_T"], readings.spectrum(m))
+    torch.testing.assert_close(entry["weight"], m.weight)
+    torch.testing.assert_close(entry["axes"] @ entry["axes"].mT, torch.eye(2))
+    on_plane = entry["plane_mean"].T @ (m.pi[:, None] * entry["plane_mean"])
+    torch.testing.assert_close(torch.linalg.eigvalsh(on_plane).flip(0), entry["spectrum_B"][:2])
+    assert all((a["axes"] * b["axes"]).sum() > 1.5 for a, b in itertools.pairwise(entries))
+
+
+def test_last_mixture_is_left_in_the_folder(tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path) as wrapper:
+        wrapper.update(mixture()[0])
+        wrapper.log_step(step=0, epoch=0)
+    other = estimator()
+    other.load_state_dict(torch.load(tmp_path / "mixture_last.pt"))
+    assert torch.equal(other.state.moments.mean, wrapper.state.moments.mean)  # type: ignore[union-attr]
+
+
+def test_loss_feeds_pairs(tmp_path: Path) -> None:
+    wrapper = estimator(log_dir=tmp_path)
+    with activate(wrapper), wrapper:
+        NTXentLoss()(*views(0).chunk(2))
+        wrapper.log_step(step=0, epoch=0)
+    assert read_extra(tmp_path)["alignment"][0] > 0
+
+
+def test_views_are_checked() -> None:
+    wrapper = estimator()
+    with pytest.raises(ValueError, match="even number of rows with views=2"):
+        wrapper.update(torch.randn(5, 4), views=2)
+    with pytest.raises(ValueError, match="`views` must be 1 or 2, got 3"):
+        wrapper.update(torch.randn(6, 4), views=3)
