@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mixture_core.inputs import as_embeddings
-from mixture_core.moments import Moments, safe_divide
+from mixture_core.moments import Moments, _trace, safe_divide
 from mixture_core.pytrees import pytree
 from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
 
@@ -43,7 +43,7 @@ class Pairs:
     def standard_errors(self) -> Tensor:
         """Standard errors of pi_1, ..., pi_K, trace_B and share_B, (K + 2,); nan before the first pair.
 
-        They hold for independent samples, and for the clusters as they are found: where clusters overlap, they are
+        They hold for independent samples, and for the clusters as they are found: if clusters overlap, they are
         lower bounds, since they ignore that other samples would have moved the border. In a constant window of n pairs
         per step they are sqrt(v (1 - decay) / (1 + decay)), v being the variance of one step's mean.
         """
@@ -75,12 +75,7 @@ def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: floa
 
     Hampel, "The influence curve and its role in robust estimation" (1974), for the variances.
     """
-    return accumulate(pairs, batch_pairs(x, R, moments), decay=decay)
-
-
-def batch_pairs(x: Tensor, R: Tensor, moments: Moments) -> Pairs:
-    """Returns the statistics of one batch alone; the arguments and errors are those of `observe`."""
-    return from_sums(pair_sums(x, R, moments), K=R.shape[1])
+    return accumulate(pairs, from_sums(pair_sums(x, R, moments), K=R.shape[1]), decay=decay)
 
 
 def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
@@ -122,7 +117,7 @@ def alignment(pairs: Pairs) -> Tensor:
     Wang and Isola, "Understanding contrastive representation learning through alignment and uniformity on the
     hypersphere" (2020), section 4.1, with alpha = 2.
     """
-    return 2 * pairs.V.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return 2 * _trace(pairs.V)
 
 
 def lidar(moments: Moments, pairs: Pairs) -> Tensor:
@@ -139,10 +134,10 @@ def lidar(moments: Moments, pairs: Pairs) -> Tensor:
     """
     V, T, n = pairs.V.double(), total(moments).double(), pairs.weight.double()[..., None, None]
     between = (T - V / 2) * safe_divide(n, n - 1)
-    eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-    factor = torch.linalg.cholesky(V + RIDGE * eye)
-    left = torch.linalg.solve_triangular(factor, between, upper=False)
-    whitened = torch.linalg.solve_triangular(factor, left.mT, upper=False)
+    # Not by Cholesky: of fewer pairs than dimensions, rounding may leave V with eigenvalues far below 0.
+    size, vectors = torch.linalg.eigh(V)
+    root = vectors * (size.clamp(min=0.0) + RIDGE).rsqrt()[..., None, :]
+    whitened = root.mT @ between @ root
     eigenvalues = torch.linalg.eigvalsh((whitened + whitened.mT) / 2).clamp(min=0.0)
     shares = safe_divide(eigenvalues, eigenvalues.sum(dim=-1, keepdim=True)) + EPSILON
     return _exp_entropy(shares).to(moments.mean.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 from mixture_core.inputs import as_embeddings
-from mixture_core.moments import Moments, safe_divide
+from mixture_core.moments import Moments, _trace, safe_divide
 
 EPSILON = 1e-7  # that RankMe and LiDAR add to each share
 NOISE = 1e-6  # singular values below this share of the largest are rounding errors of float32
@@ -221,17 +221,13 @@ def match(a: Moments, b: Moments) -> Tensor:
 
 
 def _exact(moments: Moments) -> Moments:
-    """The moments in float64, symmetric to the bit."""
+    """The moments in float64."""
     doubled: Moments = tree_map(Tensor.double, moments)
     return doubled
 
 
 def _as(moments: Moments, value: Tensor) -> Tensor:
     return value.to(moments.mean.dtype)
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
 def _deviations(m: Moments) -> Tensor:

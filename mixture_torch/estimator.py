@@ -226,7 +226,7 @@ class MixtureStats(View):
             D = self._mixture.progress.D or self._config.dim
             self._mixture.restart(from_state_dict(self._config.core, state_dict, D=D))
         self._stats, self._report = NOTHING, None
-        self._journal.resumes, self._journal.n_steps = True, self._mixture.progress.n_steps
+        self._journal.resume(self._mixture.progress.n_steps)
         self._journal.say()
 
     def flush(self) -> None:

@@ -14,6 +14,7 @@ from mixture_torch.update.arrivals import Arrivals, Report
 from mixture_torch.update.batch import ignored, settle
 from mixture_torch.update.figures import check_loggable, responsibilities_of
 from mixture_torch.update.precision import full_float32
+from mixture_torch.update.ranks import text_of
 from mixture_torch.update.snapshot import EXCESS_EVERY, snapshot
 from mixture_torch.update.watch import OnAlarm, Watch, readings_before
 from mixture_torch.views import View
@@ -42,14 +43,18 @@ class Journal:
         self._recorder, self._notes, self._extra = recorder, notes, extra
         self._reports: Arrivals[Report] = Arrivals(recorder.turn)
         self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
-        self.resumes = False  # whether the next row is the first one after a checkpoint was loaded
+        self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._noted: set[str] = set()
         self._watch = Watch(on_alarm, self.note)
         self._newest: tuple[int, int, int] | None = None  # epoch, step and number of rows of the last row
         self._taken: tuple[int, int, int] | None = None  # the same at the last snapshot
         self._axes: Tensor | None = None  # of the last snapshot
-        self.n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
+        self._n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
+
+    def resume(self, n_steps: int) -> None:
+        """Goes on from a checkpoint after so many steps, whose next row supersedes those at or after it."""
+        self._resumes, self._n_steps, self._newest = True, n_steps, None
 
     def expect(self, report: Report) -> None:
         """Checks the batch of an update when its report is here."""
@@ -66,9 +71,9 @@ class Journal:
                 with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                     report = Report.of(stats, extra=self._extra)
             R = report.send(responsibilities_of(stats)) if stores else None
-            row = cache(partial(_row, step, epoch, report, R, resumes=self.resumes))
-            self.rows.expect(report, Logged(row, report, self.resumes))
-        self.resumes = False
+            row = cache(partial(_row, step, epoch, report, R, resumes=self._resumes))
+            self.rows.expect(report, Logged(row, report, self._resumes))
+        self._resumes = False
         self.settle(but=1)
 
     def settle(self, *, but: int = 0) -> None:
@@ -90,10 +95,14 @@ class Journal:
         if state is None:  # after a checkpoint from before the first update
             return
         epoch, step, N = self._newest
-        is_due = progress.n_steps // EXCESS_EVERY > self.n_steps // EXCESS_EVERY
-        with full_float32(state.moments.weight):
-            entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
-        self._taken, self._axes, self.n_steps = self._newest, entry["axes"], progress.n_steps
+        is_due = progress.n_steps // EXCESS_EVERY > self._n_steps // EXCESS_EVERY
+        try:
+            with full_float32(state.moments.weight):
+                entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
+        except (MemoryError, RuntimeError) as error:  # no memory, or a decomposition that does not converge
+            self.note("snapshot", f"No snapshot could be taken at step {step}: {text_of(error)}. Training goes on.")
+            return
+        self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
         self._recorder.write_snapshot({"step": step, "epoch": epoch, **entry})
 

@@ -90,3 +90,11 @@ def test_odd_number_of_rows_is_refused() -> None:
     _, stats = step(init(MixtureConfig(K=2), x), x)
     with pytest.raises(ValueError, match="even number of rows, got 5"):
         pairs.observe(pairs.none(K=2, D=2), x, stats.R, stats.moments, decay=0.9)
+
+
+def test_lidar_of_fewer_pairs_than_dimensions_is_finite_at_any_scale() -> None:
+    for scale in (1e-3, 1.0, 1e6):
+        x = scale * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+        state, stats = step(init(MixtureConfig(K=2), x), x)
+        seen = pairs.observe(pairs.none(K=2, D=64), x, stats.R, stats.moments, decay=0.9)
+        assert 1 <= float(pairs.lidar(state.moments, seen)) <= 64

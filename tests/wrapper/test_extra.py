@@ -177,3 +177,25 @@ def test_views_are_checked() -> None:
         wrapper.update(torch.randn(5, 4), views=2)
     with pytest.raises(ValueError, match="`views` must be 1 or 2, got 3"):
         wrapper.update(torch.randn(6, 4), views=3)
+
+
+def test_snapshot_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("mixture_torch.journal.snapshot", fail)
+    wrapper = estimator(log_dir=tmp_path)
+    wrapper.update(mixture()[0])
+    wrapper.log_step(step=0, epoch=0)
+    with pytest.warns(UserWarning, match="No snapshot could be taken at step 0: did not converge"):
+        wrapper.flush()
+
+
+def test_loaded_state_is_no_snapshot_of_the_row_before(tmp_path: Path) -> None:
+    wrapper = estimator(log_dir=tmp_path)
+    wrapper.update(mixture()[0])
+    state_dict = wrapper.state_dict()
+    wrapper.log_step(step=0, epoch=0)
+    wrapper.load_state_dict(state_dict)
+    wrapper.flush()
+    assert not (tmp_path / "mixture_snapshots").exists()
