@@ -191,21 +191,22 @@ def figures(moments: Moments) -> Tensor:
 
 
 def more_figures(moments: Moments, *, with_ratio: bool) -> Tensor:
-    """Returns `figures`, tr T, the participation ratio, tr Sigma_k / tr T for each k, and pi, (6 + 2 K,).
+    """Returns `figures`, tr T, |L|_F, |diag L|, tr Sigma_k for each k, and pi, (7 + 2 K,).
 
-    It reads lower triangles alone. The ratio is nan unless `with_ratio` is set, since it has to read all covariances.
+    L is the lower triangle of T / tr T, so that 1 / (2 |L|_F^2 - |diag L|^2) is the participation ratio. The norms
+    are nan unless `with_ratio` is set, for they need all covariances, of which lower triangles alone are read.
     """
     pi, covariance = moments.pi, moments.covariance
     factor, within = _between_factor(pi, moments.mean), _trace(covariance)
     four = figures(moments) if covariance.is_cuda else _figures(pi, factor)
     total = torch.dot(pi, within) + four[2]
-    unit, ratio = safe_divide(torch.ones_like(total), total), torch.full_like(total, torch.nan)
+    norms = [torch.full_like(total, torch.nan)] * 2
     if with_ratio:  # of T / tr T, since squares of T itself could overflow
+        unit = total.reciprocal()
         T = torch.mv(covariance.flatten(1).mT, pi * unit).view_as(covariance[0])
-        lower = T.addmm_(factor.mT, factor * unit).tril_()
-        squares = 2 * torch.linalg.vector_norm(lower).square() - torch.linalg.vector_norm(lower.diagonal()).square()
-        ratio = safe_divide(torch.ones_like(total), squares)
-    return torch.cat([four, torch.stack([total, ratio]), within * unit, pi])
+        L = T.addmm_(factor.mT, factor * unit).tril_()
+        norms = [torch.linalg.vector_norm(L), torch.linalg.vector_norm(L.diagonal())]
+    return torch.cat([four, torch.stack([total, *norms]), within, pi])
 
 
 def _figures(pi: Tensor, factor: Tensor) -> Tensor:

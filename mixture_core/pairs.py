@@ -6,10 +6,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from mixture_core.inputs import as_embeddings
+from mixture_core.inputs import as_embeddings, looks
 from mixture_core.moments import Moments, _trace, safe_divide
 from mixture_core.pytrees import pytree
-from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
+from mixture_core.readings import EPSILON, _exp_entropy, total
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
 
@@ -59,9 +59,9 @@ def none(*, K: int, D: int) -> Pairs:
 def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: float | Tensor) -> Pairs:
     """Returns the statistics after one more batch of pairs.
 
-    With k the component of x and m the mean of all, a row's influence is R_k - pi_k on pi_k, psi = |x - m|^2 -
-    |x - mu_k|^2 - tr B on trace_B, and (psi - s (|x - m|^2 - tr T)) / tr T on s = share_B. Rows of a pair are
-    dependent, so the variance is that of the pairs' means.
+    With m the mean of all, a row's influence is R_k - pi_k on pi_k, psi = |x - m|^2 - sum_k R_k |x - mu_k|^2 - tr B on
+    trace_B, and (psi - s (|x - m|^2 - tr T)) / tr T on s = share_B. Rows of a pair are dependent, so the variance is
+    that of the pairs' means.
 
     Args:
         pairs: From `none` or the batch before.
@@ -89,9 +89,12 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
         raise ValueError(f"`x` and `R` must have the same, even number of rows, got {x.shape[0]} and {R.shape[0]}.")
     first, second = x.tensor_split(2)
     usable = torch.stack((R.sum(dim=1) > 0).tensor_split(2)).all(dim=0)
-    difference = torch.where(usable[:, None], first - second, 0.0)
-    influence = torch.stack(_influence(x, R, moments).tensor_split(2)).mean(dim=0)
-    influence = torch.where(usable[:, None], influence, 0.0)
+    difference = first - second
+    of_first, of_second = _influence(x, R, moments).tensor_split(2)
+    influence = (of_first + of_second) / 2
+    if not (looks(usable) and usable.all()):
+        difference = torch.where(usable[:, None], difference, 0.0)
+        influence = torch.where(usable[:, None], influence, 0.0)
     sums = [usable.sum()[None].to(x.dtype), influence.sum(dim=0), influence.square().sum(dim=0)]
     return torch.cat([*sums, (difference.mT @ difference).flatten()])
 
@@ -145,9 +148,13 @@ def lidar(moments: Moments, pairs: Pairs) -> Tensor:
 
 def _influence(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
     """Each row's influence on pi, trace_B and share_B, (2n, K + 2)."""
-    mean = moments.pi @ moments.mean
-    away = (x - mean).square().sum(dim=1)
-    psi = away - (x - R @ moments.mean).square().sum(dim=1) - moments.trace_B
-    total = trace_T(moments)
-    share = safe_divide(psi - share_B(moments) * (away - total), total)
-    return torch.cat([R - moments.pi, psi[:, None], share[:, None]], dim=1)
+    pi = moments.pi
+    mean = pi @ moments.mean
+    y, offsets = x - mean, moments.mean - mean
+    lengths = offsets.square().sum(dim=1)
+    trace_B = pi @ lengths
+    trace_T = pi @ _trace(moments.covariance) + trace_B
+    scores = torch.addmm(lengths, y, offsets.mT, beta=-1, alpha=2)  # |y|^2 - |y - offset_k|^2
+    psi, away = (R * scores).sum(dim=1) - trace_B, torch.linalg.vector_norm(y, dim=1).square()
+    share = safe_divide(psi - safe_divide(trace_B, trace_T) * (away - trace_T), trace_T)
+    return torch.cat([R - pi, psi[:, None], share[:, None]], dim=1)

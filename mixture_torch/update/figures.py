@@ -12,7 +12,7 @@ from mixture_core.moments import figures, more_figures
 from mixture_core.pairs import Pairs, alignment
 
 SHAPES = {"pi": ("K",), "B": ("D", "D"), "R": ("N", "K"), "trace_B": (), "opnorm_B": ()}  # of what a row needs
-LARGE = 2**23  # numbers in the covariances: of more, a host takes too long to read them at each step
+LARGE = 2**20  # numbers in the covariances: to read more of them at each step would cost a host 6 % of it
 
 
 class Rows(NamedTuple):
@@ -60,11 +60,13 @@ class Figures(NamedTuple):
     @classmethod
     def of(cls, numbers: Tensor, pairs: Tensor | None) -> "Figures":
         """Returns the figures in what `numbers_of` returned; `pairs` holds the last two, (2,)."""
-        values = numbers.tolist()
-        n_ignored, N, n_relocated = map(int, values[4:7])
-        K = max(len(values) - 9, 0) // 3
-        rel, pi, counts = (tuple(values[start : start + K]) for start in (9, 9 + K, 9 + 2 * K))
-        pi_min, pi_max, trace_B, opnorm_B, trace_T, ratio = [*values[:4], *(values[7:9] or [math.nan] * 2)]
+        pi_min, pi_max, trace_B, opnorm_B, *others = numbers.tolist()
+        n_ignored, N, n_relocated = map(int, others[:3])
+        trace_T, norm, diagonal, *each = others[3:] or [math.nan] * 3
+        K, has_variance = len(each) // 3, trace_T != 0
+        within, pi, counts = tuple(each[:K]), tuple(each[K : 2 * K]), tuple(each[2 * K :])
+        rel = tuple([trace / trace_T if has_variance else 0.0 for trace in within])
+        ratio = 1 / (2 * norm**2 - diagonal**2) if has_variance else 0.0
         if n_ignored == N:
             pi_min = pi_max = trace_B = opnorm_B = trace_T = ratio = math.nan
             rel = pi = (math.nan,) * K
@@ -76,7 +78,7 @@ class Figures(NamedTuple):
 
 
 def numbers_of(stats: Mapping[str, Tensor], *, extra: bool) -> Tensor:
-    """Returns the fields of `Figures` in their order, float32: (7,), or with `extra` (9 + 3 K,).
+    """Returns the fields of `Figures` in their order, float32: (7,), or with `extra` (10 + 3 K,).
 
     On a CPU, the participation ratio of large covariances is computed at every tenth step and is nan at the others.
     """

@@ -16,7 +16,7 @@ from mixture_torch.update.batch import Batch, exchange, ignored, receive
 from mixture_torch.update.checkpoint import LowerState, Progress, to_device
 from mixture_torch.update.cuda_graphs import Graphs
 from mixture_torch.update.figures import Rows
-from mixture_torch.update.pairs import pairs_after
+from mixture_torch.update.pairs import is_due, pairs_after
 from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
 from mixture_torch.update.ranks import is_out_of_memory, other_ranks, text_of, together
 from mixture_torch.update.seeding import FirstWindow, seed, size_note
@@ -150,10 +150,10 @@ class Mixture:
             outcome = self._go_on(state, batch, so_far, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
             raise ValueError(f"`strict` is set, but {ignored(n_ignored, int(batch.n_rows))}.")
-        pairs = self.progress.pairs
-        if batch.sizes and not outcome.is_idle and outcome.waiting is None:
+        pairs, n = self.progress.pairs, self.progress.n_steps + (so_far is None or not self._is_counted)
+        if batch.sizes and not outcome.is_idle and outcome.waiting is None and is_due(self._core, n):
             R, m, keeps = outcome.results["R"], outcome.state.moments, _continues(so_far)
-            pairs = pairs_after(self._core, pairs, batch, R, m, keeps=keeps, total=total)
+            pairs = pairs_after(self._core, pairs, batch, R, m, keeps=keeps, n=n, total=total)
         outcome = outcome._replace(pairs=pairs)
         updated = self._commit(outcome, so_far, batch.n_rows)
         self._early = []

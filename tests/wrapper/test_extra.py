@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_core import readings
+from mixture_core import pairs, readings
 from mixture_core.alarms import Alarm
 from mixture_torch import MixtureStats, NTXentLoss, activate, read_extra, read_log, read_snapshots
 from tests.tolerances import FLOAT32, relative_error
@@ -113,6 +113,21 @@ def test_extra_row_holds_the_readings_of_the_step(tmp_path: Path) -> None:
     scalars = stats.scalars()
     assert scalars["trace_B"] == float(stats.trace_B)
     assert scalars["n_2"] == rows["n"][-1][2]
+
+
+@pytest.mark.parametrize("mode", ["ema", "per_batch"])
+def test_pairs_of_every_tenth_step_tell_what_those_of_all_tell(mode: str) -> None:
+    wrapper, every = estimator(K=4, mode=mode), pairs.none(K=4, D=12)
+    for step in range(65):
+        a, b, c, d = views(step).chunk(4)
+        first, second = torch.cat([a, c]), torch.cat([b, d])
+        for x, decay in (first, 0.95 if mode == "ema" else 0.0), (second, 1.0):  # a step in two parts
+            stats = wrapper.update(x, step=step, views=2)
+            every = pairs.observe(every, x, stats.R, stats.moments, decay=decay)
+    found = stats.scalars()
+    tolerance = 0.1 if mode == "ema" else FLOAT32
+    assert abs(found["alignment"] / float(pairs.alignment(every)) - 1) <= tolerance
+    assert abs(found["se_trace_B"] / float(every.standard_errors[-2]) - 1) <= tolerance
 
 
 def test_extra_row_of_a_step_without_usable_rows_has_counts_alone(tmp_path: Path) -> None:
