@@ -22,14 +22,14 @@ def estimate(draw: Callable[[], Tensor], *, steps: int = 100) -> MixtureState:
 
 
 @pytest.mark.parametrize("power", [0.0, -0.5], ids=["isotropic", "power law"])
-@pytest.mark.parametrize(("D", "seeds", "shadows"), [(2, 3, 4), (16, 1, 2), (128, 1, 2)])
-def test_one_gaussian_has_no_excess(D: int, seeds: int, shadows: int, power: float) -> None:
+@pytest.mark.parametrize(("D", "seeds"), [(2, 3), (16, 1), (128, 1)])
+def test_one_gaussian_has_no_excess(D: int, seeds: int, power: float) -> None:
     found = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
         spread = torch.arange(1, D + 1) ** power
         state = estimate(lambda s=spread, g=generator: 3 + s * torch.randn(512, len(s), generator=g))
-        found.append(float(excess(state, 512, shadows=shadows)))
+        found.append(float(excess(state, 512, generator=generator, shadows=2)))
     # In two dimensions k-means has several good places to stay, whose shares differ by .002 of .8, or .01 of 1 - .8.
     assert abs(sum(found) / len(found)) <= 0.01
 

@@ -1,11 +1,14 @@
 """Two views of each sample: alignment and LiDAR by their definitions, and standard errors that hold."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from mixture_core import MixtureConfig, MixtureState, Moments, init, pairs, readings, step
-from tests.core.common import gaussians
+from mixture_core import MixtureConfig, MixtureState, batch_moments, init, kmeans_plusplus, lloyd, pairs, readings, step
+from mixture_torch.app.demo import load_images, view
+from tests.core.common import gaussians, stack
 from tests.tolerances import FLOAT32, relative_error
 
 K = 8
@@ -25,7 +28,7 @@ def lidar_of_rows(z: Tensor) -> Tensor:
     return torch.exp(-(p * p.log()).sum())
 
 
-@pytest.mark.parametrize("D", [32, 512])
+@pytest.mark.parametrize("D", [32, 128, 512])
 def test_alignment_and_lidar_equal_their_definition_on_the_rows(D: int) -> None:
     x, _, _ = gaussians(0, N=6400, D=D, K=K, apart=4.0)
     generator = torch.Generator().manual_seed(1)
@@ -39,27 +42,31 @@ def test_alignment_and_lidar_equal_their_definition_on_the_rows(D: int) -> None:
     assert relative_error(pairs.lidar(state.moments, seen), lidar_of_rows(z)) <= FLOAT32
 
 
-@pytest.mark.parametrize("apart", [2.0, 6.0])
-def test_intervals_of_two_standard_errors_hold_the_truth_95_times_in_100(apart: float) -> None:
-    _, _, means = gaussians(0, D=16, K=K, apart=apart)
+@pytest.mark.parametrize("assigner", ["label_supervised", "kmeans_online"])
+def test_intervals_of_95_percent_hold_the_truth_95_times_in_100_on_digits(assigner: Any) -> None:
     generator = torch.Generator().manual_seed(0)
+    images, _ = load_images(torch.device("cpu"))
+    digits = torch.cat([view(images, generator=generator) for _ in range(2)]).flatten(1)
+    x = digits @ torch.linalg.eigh(digits.mT @ digits).eigenvectors[:, -32:]
+    R, _ = lloyd(x, kmeans_plusplus(x, K, generator=generator), iterations=20)
+    config = MixtureConfig(K=K, assigner=assigner, ema_decay=0.8)
+    start = MixtureState(config=config, moments=batch_moments(x, 1e-9 * R))
 
-    def draw() -> Tensor:
-        sample = means[torch.randint(K, (128,), generator=generator)] + 0.8 * torch.randn(128, 16, generator=generator)
-        return torch.cat([sample + 0.6 * torch.randn(128, 16, generator=generator) for _ in range(2)])
+    def advance(state: MixtureState, seen: pairs.Pairs, rows: Tensor) -> tuple[MixtureState, pairs.Pairs, Tensor]:
+        state, stats = step(state, x[rows], R.argmax(dim=1)[rows])
+        seen = pairs.observe(seen, x[rows], stats.R, stats.moments, decay=0.8)
+        figures = torch.cat([stats.pi, stats.trace_B[None], readings.share_B(stats.moments)[None]])
+        return state, seen, torch.stack([figures, 1.96 * seen.standard_errors])
 
-    moments = Moments(weight=torch.ones(K), mean=means, covariance=torch.zeros(K, 16, 16))
-    state = MixtureState(config=MixtureConfig(K=K, ema_decay=0.8), moments=moments)
-    seen, found, errors = pairs.none(K=K, D=16), [], []
-    for n in range(1500):
-        x = draw()
-        state, stats = step(state, x)
-        seen = pairs.observe(seen, x, stats.R, stats.moments, decay=0.8)
-        if n >= 50 and n % 5 == 0:
-            found.append(torch.cat([stats.pi, stats.trace_B[None], readings.share_B(stats.moments)[None]]))
-            errors.append(seen.standard_errors)
-    truth = torch.stack(found).mean(dim=0)
-    covered = ((torch.stack(found) - truth).abs() < 1.96 * torch.stack(errors)).double().mean(dim=0)
+    state, seen, found = stack(*[start] * 100), stack(*[pairs.none(K=K, D=32)] * 100), []
+    for _ in range(25):
+        first = torch.randint(len(images), (100, 128), generator=generator)
+        state, seen, figures = torch.func.vmap(advance)(state, seen, torch.cat([first, first + len(images)], dim=1))
+        found.append(figures)
+    figures, width = torch.stack(found[12::4]).flatten(end_dim=1).unbind(dim=1)
+    covered = ((figures - figures.mean(dim=0)).abs() < width).double().mean(dim=0)
+    if assigner == "kmeans_online":  # borders move from stream to stream, and with them the weights of these clusters
+        covered = covered[K:]
     assert covered.min() >= 0.90
     assert covered.max() <= 0.98
 

@@ -1,6 +1,7 @@
 """Readings of moments against their papers' definitions on the raw rows."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def exp_entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum().exp()
 
 
-@pytest.mark.parametrize("D", [32, 512])
+@pytest.mark.parametrize("D", [32, 128, 512])
 def test_readings_equal_their_definition_on_the_rows(D: int) -> None:
     x, labels, moments = rows_and_moments(D)
     T = x.mT.cov(correction=0)
@@ -93,13 +94,16 @@ def test_log_likelihood_is_finite_if_rows_lie_in_a_subspace() -> None:
     assert readings.log_likelihood(batch_moments(x, torch.ones(50, 2)), x).isfinite().all()
 
 
-def test_match_finds_the_order_of_components() -> None:
+def test_match_finds_the_order_of_components_with_scipy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, moments = rows_and_moments(16)
     order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
     other = Moments(weight=moments.weight, mean=moments.mean[order] + 0.01, covariance=moments.covariance)
     assert torch.equal(order[readings.match(moments, other)], torch.arange(K))
     with pytest.raises(ValueError, match="`b` must have the K and D of `a`"):
         readings.match(moments, batch_moments(torch.zeros(1, 2), torch.ones(1, 1)))
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r'^`match` needs SciPy: pip install "mixture-diagnostics\[match\]".$'):
+        readings.match(moments, other)
 
 
 FIGURES = [
