@@ -1,6 +1,5 @@
 """What an estimator tells its user once a step's figures are on the host: rows of the log, errors and warnings."""
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -16,7 +15,7 @@ from mixture_torch.update.figures import check_loggable, responsibilities_of
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.ranks import text_of
 from mixture_torch.update.snapshot import EXCESS_EVERY, snapshot
-from mixture_torch.update.watch import OnAlarm, Watch, readings_before
+from mixture_torch.update.watch import OnAlarm, Watch
 from mixture_torch.views import View
 
 NO_STATS = (
@@ -46,8 +45,8 @@ class Journal:
         self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._noted: set[str] = set()
         self._watch = Watch(on_alarm, self.note)
-        self._newest: tuple[int, int, int] | None = None  # epoch, step and number of rows of the last row
-        self._taken: tuple[int, int, int] | None = None  # the same at the last snapshot
+        self._newest: Logged | None = None  # the last row that was written
+        self._taken: Logged | None = None  # the same at the last snapshot
         self._axes: Tensor | None = None  # of the last snapshot
         self._n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
@@ -94,17 +93,17 @@ class Journal:
         state = view.state
         if state is None:  # after a checkpoint from before the first update
             return
-        epoch, step, N = self._newest
+        row, N = self._newest.row(), self._newest.report.figures.N
         is_due = progress.n_steps // EXCESS_EVERY > self._n_steps // EXCESS_EVERY
         try:
             with full_float32(state.moments.weight):
                 entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
         except (MemoryError, RuntimeError) as error:  # no memory, or a decomposition that does not converge
-            self.note("snapshot", f"No snapshot could be taken at step {step}: {text_of(error)}. Training goes on.")
+            self.note("snapshot", f"No snapshot could be taken at step {row.step}: {text_of(error)}. Training goes on.")
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
-        self._recorder.write_snapshot({"step": step, "epoch": epoch, **entry})
+        self._recorder.write_snapshot({"step": row.step, "epoch": row.epoch, **entry})
 
     def flush(self) -> None:
         """Completes all files."""
@@ -136,14 +135,17 @@ class Journal:
     def _write(self, logged: Logged) -> None:
         row, figures = logged.row(), logged.report.figures
         self._recorder.write(row)
-        if self._extra and figures.pi and not self._watch.has_seen(figures):
-            if logged.resumes:
-                log, extra, snapshots = self._recorder.read()
-                excesses = {(entry["epoch"], entry["step"]): entry.get("excess", math.nan) for entry in snapshots}
-                self._watch.replay(readings_before((row.epoch, row.step), log, extra, excesses), D=logged.report.D)
-                self._axes = snapshots[-1].get("axes") if snapshots else None
-            self._watch.see(row.step, figures, D=logged.report.D)
-            self._newest = row.epoch, row.step, figures.N
+        if not (self._extra and figures.pi) or logged is self._newest:  # as after an interrupt
+            return
+        if logged.resumes:
+            rows, snapshots = self._recorder.read(before=(row.epoch, row.step))
+            self._watch.replay(rows, snapshots, D=logged.report.D)
+            self._axes = snapshots[-1].get("axes") if snapshots else None
+        shared = {"step": row.step, "trace_B": row.trace_B, "opnorm_B": row.opnorm_B}
+        alarms = self._watch.see(figures.extra | shared, D=logged.report.D)
+        self._newest = logged
+        for alarm in alarms:
+            self._watch.tell(alarm)
 
     def _check(self, report: Report) -> None:
         at = " at an update that was not logged" if report.step is None else f" at step {report.step}"

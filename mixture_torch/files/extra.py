@@ -1,6 +1,6 @@
 """`mixture_extra.csv`: further figures of each logged step, with three columns per component."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixture_torch.files.disk import set_aside
-from mixture_torch.files.log import Lines, RowsFile, read_lines, read_table
+from mixture_torch.files.log import Lines, Position, RowsFile, read_lines, read_table
 
 EXTRA_FILE = "mixture_extra.csv"
 INTEGERS = ("step", "epoch", "n_rows", "n_ignored", "n_relocated")
@@ -90,6 +90,17 @@ def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
     K = K_of(path)
     single = [(name, np.int64 if name in INTEGERS else np.float64) for name in INTEGERS + FIGURES]
     return read_table(path, extra_header(K), [*single, *((name, np.float64, (K,)) for name in PER_COMPONENT)])
+
+
+def joined(log: Mapping[str, Any], extra: Mapping[str, Any], *, before: Position) -> Iterator[dict[str, Any]]:
+    """Yields the rows before an (epoch, step) that both files have, each with the columns of both."""
+    log, extra = ({name: column.tolist() for name, column in columns.items()} for columns in (log, extra))
+    places = {place: n for n, place in enumerate(zip(log["epoch"], log["step"], strict=True))}
+    for values in zip(*extra.values(), strict=True):
+        row = dict(zip(extra, values, strict=True))
+        place = row["epoch"], row["step"]
+        if place < before and place in places:
+            yield {name: column[places[place]] for name, column in log.items()} | row
 
 
 def K_of(path: Path) -> int:

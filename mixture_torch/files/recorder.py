@@ -5,16 +5,14 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from mixture_torch.files.extra import read_extra
-from mixture_torch.files.log import read_log
+from mixture_torch.files.extra import joined, read_extra
+from mixture_torch.files.log import Position, read_log
 from mixture_torch.files.row import Mode, Row
 from mixture_torch.files.run_folder import RunFolder
 from mixture_torch.files.snapshots import Snapshot, read_snapshots
@@ -102,17 +100,16 @@ class Recorder:
         """
         self._do(lambda folder: folder.write_snapshot(entry, self._user, strict=self._strict))
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Any], list[Snapshot]]:
-        """Returns the rows of both files, by column, and the snapshots; nothing if a file cannot be read."""
+    def read(self, *, before: Position) -> tuple[Iterable[dict[str, Any]], list[Snapshot]]:
+        """Returns the rows before an (epoch, step), by column, and the snapshots; nothing if a file is unreadable."""
         assert self._log_dir is not None
-        nothing = {"epoch": np.empty(0), "step": np.empty(0)}
         try:
-            rows = read_log(self._log_dir), read_extra(self._log_dir)
+            rows = joined(read_log(self._log_dir), read_extra(self._log_dir), before=before)
         except (OSError, ValueError):  # a fault of the disk, which `write` has told
-            return nothing, nothing, []
+            return (), []
         with suppress(FileNotFoundError):
-            return *rows, read_snapshots(self._log_dir)
-        return *rows, []
+            return rows, read_snapshots(self._log_dir)
+        return rows, []
 
     def flush(self) -> None:
         """Makes all files complete."""
