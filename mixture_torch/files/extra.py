@@ -69,20 +69,19 @@ class ExtraFile(RowsFile):
 
 
 def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
-    """Returns `mixture_extra.csv` as one array per column, with one element per step; `pi`, `n`, `rel` are (steps, K).
+    """Returns `mixture_extra.csv`, with `pi`, `n` and `rel` as (steps, K) arrays; otherwise see `read_log`.
 
-    A last row without a newline, as after a crash, is left out. Reading changes no file and may be done while the
-    run still writes.
-
-    Args:
-        log_dir: The run folder, as given to the estimator.
-
-    Returns:
-        `step`, `epoch`, `n_rows`, `n_ignored` and `n_relocated` as int64, all others as float64.
-
-    Raises:
-        FileNotFoundError: The folder has no `mixture_extra.csv`.
-        ValueError: The file is another program's, or a row has too few or too many numbers.
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mixture_torch import MixtureStats, read_extra
+        >>> folder = tempfile.mkdtemp()
+        >>> with MixtureStats(K=2, enabled=True, log_dir=folder) as estimator:
+        ...     for step in range(3):
+        ...         _ = estimator.update(torch.randn(64, 8))
+        ...         estimator.log_step(step=step, epoch=0)
+        >>> read_extra(folder)["n"].sum(axis=1)  # rows of each step
+        array([64., 64., 64.])
     """
     path = Path(log_dir) / EXTRA_FILE
     if not path.exists():

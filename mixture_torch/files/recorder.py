@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mixture_torch.files.extra import joined, read_extra
-from mixture_torch.files.log import Position, read_log
-from mixture_torch.files.row import Mode, Row
+from mixture_torch.files.log import Mode, Position, Row, read_log
 from mixture_torch.files.run_folder import RunFolder
 from mixture_torch.files.snapshots import Snapshot, read_snapshots
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from mixture_torch.files.disk import superseded
 from mixture_torch.files.extra import EXTRA_FILE, ExtraFile
 from mixture_torch.files.lock import FolderLock
-from mixture_torch.files.log import COLUMNS, HEADER, LOG_FILE, RowsFile
-from mixture_torch.files.row import Mode, Row
+from mixture_torch.files.log import COLUMNS, HEADER, LOG_FILE, Mode, Row, RowsFile
 from mixture_torch.files.scores import SCORES_FILE, ScoresFile
-from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, load_entry, save, score_entry
-from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot, snapshot_entry
+from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, copied, load_entry, save, score_entry
+from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot
 
 MOST_KEPT = 2**30  # bytes of responsibilities: a full disk must not take the memory of the run
 MOST_SNAPSHOTS = 16  # that wait
@@ -76,7 +75,7 @@ class RunFolder:
     def write_snapshot(self, entry: Mapping[str, Any], user: object, *, strict: bool) -> None:
         """Writes a snapshot after all that wait, if the folder is open for this user."""
         if user in self._users:
-            self._waiting.append(snapshot_entry(entry))
+            self._waiting.append(copied(entry))
             kept = [item for item in self._waiting if not isinstance(item, Row)]
             if len(kept) > MOST_SNAPSHOTS and not self.is_busy:
                 self._waiting.remove(kept[0])
