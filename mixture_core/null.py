@@ -55,7 +55,7 @@ def chance_share(
         generator = torch.Generator(device="cpu").manual_seed(0)
     config, moments = state.config, state.moments
     # Neither the mean nor a rotation changes a share.
-    spread, pi = spectrum(moments).clamp(min=0.0).sqrt(), moments.pi.cpu()
+    spread, pi = spectrum(moments).sqrt(), moments.pi.cpu()
 
     def draw() -> tuple[Tensor, Tensor | None]:
         rows = torch.randn(N, len(spread), generator=generator)

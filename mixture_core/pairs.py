@@ -9,7 +9,7 @@ from torch import Tensor
 from mixture_core.inputs import as_embeddings
 from mixture_core.moments import Moments, _trace, safe_divide
 from mixture_core.pytrees import pytree
-from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
+from mixture_core.readings import EPSILON, _as, _exp_entropy, _shares, total
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
 
@@ -139,15 +139,14 @@ def lidar(moments: Moments, pairs: Pairs) -> Tensor:
     root = vectors * (size.clamp(min=0.0) + RIDGE).rsqrt()[..., None, :]
     whitened = root.mT @ between @ root
     eigenvalues = torch.linalg.eigvalsh((whitened + whitened.mT) / 2).clamp(min=0.0)
-    shares = safe_divide(eigenvalues, eigenvalues.sum(dim=-1, keepdim=True)) + EPSILON
-    return _exp_entropy(shares).to(moments.mean.dtype)
+    return _as(moments, _exp_entropy(_shares(eigenvalues) + EPSILON))
 
 
 def _influence(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
     """Each row's influence on pi, trace_B and share_B, (2n, K + 2)."""
-    mean = moments.pi @ moments.mean
-    away = (x - mean).square().sum(dim=1)
-    psi = away - (x - R @ moments.mean).square().sum(dim=1) - moments.trace_B
-    total = trace_T(moments)
-    share = safe_divide(psi - share_B(moments) * (away - total), total)
-    return torch.cat([R - moments.pi, psi[:, None], share[:, None]], dim=1)
+    pi, trace_B = moments.pi, moments.trace_B
+    total = (pi * _trace(moments.covariance)).sum() + trace_B
+    away = (x - pi @ moments.mean).square().sum(dim=1)
+    psi = away - (x - R @ moments.mean).square().sum(dim=1) - trace_B
+    share = safe_divide(psi - safe_divide(trace_B, total) * (away - total), total)
+    return torch.cat([R - pi, psi[:, None], share[:, None]], dim=1)

@@ -30,7 +30,7 @@ class NC2(NamedTuple):
 def total(moments: Moments) -> Tensor:
     """Returns T, the covariance of all embeddings, (D, D): sum_k pi_k Sigma_k + B."""
     m = _exact(moments)
-    return _as(moments, (m.pi[..., None, None] * m.covariance).sum(dim=-3) + m.B)
+    return _as(moments, _within(m) + m.B)
 
 
 def trace_T(moments: Moments) -> Tensor:
@@ -79,8 +79,8 @@ def rankme(moments: Moments) -> Tensor:
     rank" (2023), section 3.1.
     """
     m = _exact(moments)
-    mean = (m.pi[..., None, :] @ m.mean)[..., 0, :]
-    second = total(m) + mean[..., :, None] * mean[..., None, :]
+    mean = m.pi[..., None, :] @ m.mean
+    second = total(m) + mean.mT @ mean
     return _as(moments, _exp_entropy(_shares(_safe_sqrt(_eigenvalues(second))) + EPSILON))
 
 
@@ -119,9 +119,8 @@ def std(moments: Moments) -> Tensor:
     Chen and He, "Exploring simple siamese representation learning" (2021), section 4.1.
     """
     m = _exact(moments)
-    mean = m.pi[..., None, :] @ m.mean
-    within = m.covariance.diagonal(dim1=-2, dim2=-1) + (m.mean - mean).square()
-    return _as(moments, _safe_sqrt((m.pi[..., None] * within).sum(dim=-2)).mean(dim=-1))
+    variance = m.covariance.diagonal(dim1=-2, dim2=-1) + _deviations(m).square()
+    return _as(moments, _safe_sqrt((m.pi[..., None] * variance).sum(dim=-2)).mean(dim=-1))
 
 
 def effective_components(moments: Moments) -> Tensor:
@@ -148,9 +147,8 @@ def nc1(moments: Moments) -> Tensor:
     m = _exact(moments)
     alive = (m.weight > 0).to(m.mean.dtype)
     inverse = torch.linalg.pinv(alive[..., None] * _deviations(m), rtol=NOISE)  # (D, K)
-    within = (m.pi[..., None, None] * m.covariance).sum(dim=-3)
     # tr(W (M^T M / K)^+) / K with M the deviations, and (M^T M)^+ = M^+ M^+^T.
-    return _as(moments, (inverse * (within @ inverse)).sum(dim=(-2, -1)))
+    return _as(moments, (inverse * (_within(m) @ inverse)).sum(dim=(-2, -1)))
 
 
 def nc2(moments: Moments) -> NC2:
@@ -188,7 +186,7 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
         raise ValueError(f"`shrinkage` must be in [0, 1], got {shrinkage}.")
     m, D = _exact(moments), moments.mean.shape[-1]
     rows = as_embeddings(x, D=D, name="x").double()
-    pooled = (m.pi[..., None, None] * m.covariance).sum(dim=-3, keepdim=True)
+    pooled = _within(m)[..., None, :, :]
     least = NOISE * pooled.square().sum(dim=(-2, -1), keepdim=True).sqrt() + torch.finfo(torch.float32).tiny
     ridge = least * torch.eye(D, dtype=rows.dtype, device=rows.device)
     factor = torch.linalg.cholesky(torch.lerp(m.covariance, pooled, shrinkage) + ridge)
@@ -228,6 +226,11 @@ def _exact(moments: Moments) -> Moments:
 
 def _as(moments: Moments, value: Tensor) -> Tensor:
     return value.to(moments.mean.dtype)
+
+
+def _within(m: Moments) -> Tensor:
+    """The mean covariance of the components, (D, D): sum_k pi_k Sigma_k."""
+    return (m.pi[..., None, None] * m.covariance).sum(dim=-3)
 
 
 def _deviations(m: Moments) -> Tensor:

@@ -152,8 +152,8 @@ class Mixture:
             raise ValueError(f"`strict` is set, but {ignored(n_ignored, int(batch.n_rows))}.")
         pairs = self.progress.pairs
         if batch.sizes and not outcome.is_idle and outcome.waiting is None:
-            R, m, keeps = outcome.results["R"], outcome.state.moments, _continues(so_far)
-            pairs = pairs_after(self._core, pairs, batch, R, m, keeps=keeps, total=total)
+            R, m, continues = outcome.results["R"], outcome.state.moments, _continues(so_far)
+            pairs = pairs_after(self._core, pairs, batch, R, m, continues=continues, total=total)
         outcome = outcome._replace(pairs=pairs)
         updated = self._commit(outcome, so_far, batch.n_rows)
         self._early = []

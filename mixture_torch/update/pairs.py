@@ -17,7 +17,7 @@ def pairs_after(
     R: Tensor,
     moments: Moments,
     *,
-    keeps: bool | Tensor,
+    continues: bool | Tensor,
     total: Total | None,
 ) -> Pairs:
     """Returns the statistics of pairs after a batch of them, the same on all ranks.
@@ -25,18 +25,16 @@ def pairs_after(
     Args:
         config: Says how fast weights decay.
         earlier: The statistics before; None if there have been no pairs.
-        batch: The rows, of all ranks or, with `total`, a share of them.
+        batch: The rows of all ranks or, with `total`, of this one.
         R: (N, K) their responsibilities.
         moments: The mixture after the batch.
-        keeps: Whether the batch continues a step, whose weights have decayed already.
+        continues: Whether the batch continues a step, whose weights have decayed already.
         total: Sums a tensor over all ranks; None if the batch has the rows of all.
     """
     K, D = moments.mean.shape
     sums = pair_sums(batch.by_view(batch.x), batch.by_view(R), moments)
     own = from_sums(sums if total is None else total(sums), K=K)
-    decay = config.ema_decay if config.averages else 0.0
-    # Only a GPU knows whether its step is idle, which decays nothing.
-    kept = (own.weight == 0) | keeps if isinstance(keeps, Tensor) or own.weight.is_cuda else keeps
-    factor = torch.where(kept, 1.0, decay) if isinstance(kept, Tensor) else 1.0 if kept else decay
-    before = tree_map(lambda tensor: tensor.to(own.V.device), earlier or none(K=K, D=D))
-    return accumulate(before, own, decay=factor)
+    before = tree_map(lambda tensor: tensor.to(sums.device), earlier or none(K=K, D=D))
+    # A batch without a usable pair decays nothing: on a GPU, the host cannot tell it from an idle one.
+    factor = torch.where((own.weight == 0) | continues, 1.0, config.ema_decay if config.averages else 0.0)
+    return accumulate(before, own, decay=factor.to(sums.dtype))
