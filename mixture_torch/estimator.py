@@ -177,7 +177,7 @@ class MixtureStats(View):
         if updated is not None:
             self._stats, self._report = updated.stats, updated.report
             if updated.report is not None:
-                self._journal.expect(updated.report)
+                self._journal.reports.expect(updated.report, updated.report)
             self._journal.note_ignored(updated.n_ignored, updated.n_rows)
         self._journal.say()  # last, as a warning may be turned into an error
         return self._stats
@@ -206,7 +206,7 @@ class MixtureStats(View):
         step, epoch = as_count("step", step), as_count("epoch", epoch)
         if stats:
             self._journal.log(stats, self._report if stats is self._stats else None, step, epoch)
-            self._journal.take(self, flushes=False)
+            self._journal.take_snapshot(self)
         elif not self._mixture.is_short:
             self._journal.note("no stats", NO_STATS)
         self._journal.say()
@@ -231,8 +231,7 @@ class MixtureStats(View):
 
     def flush(self) -> None:
         """Writes everything that was logged to disk, for `torch.load` to read; raises what `close` raises."""
-        self._journal.take(self, flushes=True)
-        self._journal.flush()
+        self._journal.flush(self)
         self._journal.say()
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class Journal:
 
     def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
         self._recorder, self._notes, self._extra = recorder, notes, extra
-        self._reports: Arrivals[Report] = Arrivals(recorder.turn)
+        self.reports: Arrivals[Report] = Arrivals(recorder.turn)  # of updates, whose batches are checked then
         self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
         self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._noted: set[str] = set()
@@ -54,10 +54,6 @@ class Journal:
     def resume(self, n_steps: int) -> None:
         """Goes on from a checkpoint after so many steps, whose next row supersedes those at or after it."""
         self._resumes, self._n_steps, self._newest = True, n_steps, None
-
-    def expect(self, report: Report) -> None:
-        """Checks the batch of an update when its report is here."""
-        self._reports.expect(report, report)
 
     def log(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
         """Writes a row when its report is here; None makes a report of the statistics."""
@@ -80,10 +76,10 @@ class Journal:
         try:
             self.rows.settle(self._write, but=but)
         finally:
-            self._reports.settle(self._check, but=but)
+            self.reports.settle(self._check, but=but)
 
-    def take(self, view: View, *, flushes: bool) -> None:
-        """Writes a snapshot of an estimator's mixture if one is due and there has been a row since the last one."""
+    def take_snapshot(self, view: View, *, flushes: bool = False) -> None:
+        """Writes a snapshot of an estimator's mixture if one is due and a row has been written since the last one."""
         every, progress = view.config.snapshot_every, view._mixture.progress
         if flushes != (every is None) or progress.n_steps == 0 or progress.n_steps % (every or 1):
             return
@@ -105,8 +101,9 @@ class Journal:
         self._watch.excess = entry["excess"]
         self._recorder.write_snapshot({"step": row.step, "epoch": row.epoch, **entry})
 
-    def flush(self) -> None:
-        """Completes all files."""
+    def flush(self, view: View) -> None:
+        """Completes all files, with a snapshot if one is due."""
+        self.take_snapshot(view, flushes=True)
         self.settle()
         self._recorder.flush()
 
