@@ -1,9 +1,9 @@
-"""Readings: what representation learning calls its figures, computed from the moments of a mixture instead of rows.
+"""Readings: the usual figures of representation learning, computed from a mixture's moments instead of from rows.
 
-All are pure functions under `vmap` and `grad`. They compute in float64 and return the moments' type. The moments are
-those of the embeddings that were weighted in, so each reading is exactly what its paper computes on these rows. But
-float32 moments do not tell an eigenvalue of 0 from 1e-7 of the largest, whose square root is 3e-4: on rows of exact
-rank 4 in 64 dimensions, `rankme` reads 4.17.
+All are pure functions that work under `vmap` and `grad`. They compute in float64 and return the dtype of the moments.
+The moments say all that a reading needs of the rows, so it equals its paper's definition on the weighted rows. But
+float32 moments cannot tell an eigenvalue of 0 from one of 1e-7 times the largest, whose square root is 3e-4: on rows of
+exact rank 4 in 64 dimensions, `rankme` reads 4.17.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 from mixture_core.inputs import as_embeddings
 from mixture_core.moments import Moments, _trace, safe_divide
 
-EPSILON = 1e-7  # that RankMe and LiDAR add to each share
+EPSILON = 1e-7  # RankMe and LiDAR add it to each share
 NOISE = 1e-6  # singular values below this share of the largest are rounding errors of float32
 
 
@@ -172,9 +172,9 @@ def nc2(moments: Moments) -> NC2:
 def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Tensor:
     """Returns the log-density of each row under the mixture, (N,), in nats.
 
-    Each Sigma_k is replaced by (1 - shrinkage) Sigma_k + shrinkage W, with W = sum_k pi_k Sigma_k, the pooled
-    covariance, since a component with fewer rows than dimensions has no density of its own. 1e-6 |W|_F is added to the
-    variance in each direction, since W has no density either if the rows lie in a subspace.
+    A component with fewer rows than dimensions has no density of its own, so each Sigma_k is replaced by
+    (1 - shrinkage) Sigma_k + shrinkage W, with W = sum_k pi_k Sigma_k, the pooled covariance. If the rows lie in a
+    subspace, W has no density either, so 1e-6 |W|_F is added to the variance in each direction.
 
     Raises:
         TypeError: `x` is neither a tensor nor an array.
@@ -199,10 +199,10 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
 
 
 def match(a: Moments, b: Moments) -> Tensor:
-    """Returns which component of `b` is which of `a`, (K,) int64: component `match(a, b)[k]` of `b` is k of `a`.
+    """Returns the component of `b` that corresponds to each component of `a`, (K,) int64.
 
-    The assignment has the smallest sum of squared distances between means (Kuhn, "The Hungarian method for the
-    assignment problem", 1955). It needs SciPy, and is no function for `vmap` or `grad`.
+    The sum of squared distances between matched means is the smallest possible (Kuhn, "The Hungarian method for the
+    assignment problem", 1955). Needs SciPy. Does not work under `vmap` or `grad`.
 
     Raises:
         ImportError: SciPy is not installed.

@@ -33,9 +33,9 @@ class Logged(NamedTuple):
 
 
 class Journal:
-    """Takes rows and checks from the device to the files and to the user, and watches the rows for alarms.
+    """Writes rows and checks batches once their figures are on the host, and watches the rows for alarms.
 
-    When `owner` is collected, its rows are written. `notes` are warnings that the user has not been given yet.
+    When `owner` is garbage collected, its rows are written. `notes` are warnings that the user has not seen yet.
     """
 
     def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
@@ -52,7 +52,7 @@ class Journal:
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
 
     def resume(self, n_steps: int) -> None:
-        """Goes on from a checkpoint after so many steps, whose next row supersedes those at or after it."""
+        """Continues from a checkpoint at `n_steps`; the next row supersedes all rows at or after it."""
         self._resumes, self._n_steps, self._newest = True, n_steps, None
 
     def log(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
@@ -108,7 +108,7 @@ class Journal:
         self._recorder.flush()
 
     def close(self, state_dict: Callable[[], Mapping[str, Any]]) -> None:
-        """Completes and closes all files; what `state_dict` returns is left there if they have had a row."""
+        """Completes and closes all files; if a row was written, also writes what `state_dict` returns."""
         self.settle()
         self._recorder.close(last=state_dict() if self._extra and self._recorder.is_ours else None)
 
@@ -125,7 +125,7 @@ class Journal:
             self.note("ignored", text)
 
     def say(self) -> None:
-        """Gives the warnings that were kept to the caller of a public method of the estimator."""
+        """Warns the caller of the estimator's method of all that was noted."""
         while self._notes:
             warn_caller(self._notes.pop(0))
 

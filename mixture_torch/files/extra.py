@@ -31,7 +31,7 @@ class ExtraFile(RowsFile):
         self.begin()
 
     def begin(self) -> None:
-        """Lets the next row tell K."""
+        """Lets the next row decide K."""
         self._header = b""  # until then, an empty file stays empty
         self._warned = False
 
@@ -40,10 +40,10 @@ class ExtraFile(RowsFile):
         return read_lines(self.path, extra_header(K_of(self.path)))
 
     def open_for(self, K: int) -> bool:
-        """Opens the file for a row of K components, and returns whether it is open with this K.
+        """Opens the file and returns true, or returns false if it is open with another K.
 
-        The first row tells K, and moves a file with another K aside as a whole. Later rows of another K are of another
-        estimator: if they moved the file too, there would be a new one at each step.
+        The first row decides K; a file with another K is set aside as a whole. A later row of another K comes from
+        another estimator: if it set the file aside too, each step would begin a new one.
         """
         header = extra_header(K) + b"\n"
         if not self._header:
@@ -53,7 +53,7 @@ class ExtraFile(RowsFile):
             self.open()
         elif not self._warned:
             self._warned = True
-            self._say(f"`{self.path}` has rows of another K; rows of K={K} are left out.")
+            self._say(f"`{self.path}` has rows of another K, so rows of K={K} are left out; use another `log_dir`.")
         return header == self._header
 
     def look(self) -> int:
@@ -62,9 +62,7 @@ class ExtraFile(RowsFile):
         if header and self._header and header != self._header.split():
             aside = self.unused()
             set_aside(self.path, aside)
-            self._say(
-                f"`{self.path}` has the columns of another K; it was moved to `{aside.name}`, a new one is begun."
-            )
+            self._say(f"`{self.path}` has the columns of another K; it was moved to `{aside.name}`.")
         return super().look()
 
 
@@ -103,8 +101,8 @@ def joined(log: Mapping[str, Any], extra: Mapping[str, Any], *, before: Position
 
 
 def K_of(path: Path) -> int:
-    """Returns for how many components a file has columns; 1 if that cannot be told, as from a torn header."""
+    """Returns the K for which a file has columns; 1 if its header does not say, because it is torn."""
     if not path.is_file():
         return 1
-    with open(path, "rb") as file:  # beside those of the components, one column begins with p
+    with open(path, "rb") as file:  # apart from pi_k, one column begins with p
         return max(file.readline().count(b",p") - 1, 1)

@@ -89,13 +89,13 @@ class Recorder:
         self._do(lambda folder: folder.write(row, self.scores_mode, strict=self._strict))
 
     def write_snapshot(self, entry: Mapping[str, Any]) -> None:
-        """Writes a snapshot after the rows so far, if this recorder has written any since `close`; at most 16 are kept.
+        """Writes a snapshot after the rows so far, if there were any since `close`; at most 16 wait for the disk.
 
         Args:
             entry: Int `step` and `epoch`, numbers and dense tensors.
 
         Raises:
-            OSError: Something could not be written and `strict` is set. It is kept.
+            OSError: Something could not be written and `strict` is set. It waits.
         """
         self._do(lambda folder: folder.write_snapshot(entry, self._user, strict=self._strict))
 

@@ -1,8 +1,8 @@
 """The run folder: its lock, the order of its rows, and retries after disk faults.
 
-A row or snapshot is kept in memory until it is in the folder, and each call tries all that are kept, in order. A row
-goes to `mixture.csv` last, so what is there has its responsibilities and its row in `mixture_extra.csv`. A call during
-another call, from a signal handler or a garbage collection, only queues its request; the outer call carries it out.
+A row or snapshot waits in memory until it is in the folder, and each call tries to write all that wait, in order. A row
+goes to `mixture.csv` last: if it is there, so are its responsibilities and its row of `mixture_extra.csv`. A call
+during another call, from a signal handler or garbage collection, only queues its request for the outer call.
 """
 
 from collections import deque

@@ -44,9 +44,9 @@ class ShardFolder:
         self._warned = False
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Writes one entry, in place of another one of the same step, which warns once.
+        """Writes one entry; the first time that it replaces another one of the same step, it warns.
 
-        Raises ValueError if the file in its place is no entry, which is then left as it is.
+        Raises ValueError, and changes nothing, if the existing file is no entry.
         """
         path, data = self.path / SHARD_NAME.format(entry["step"]), saved(entry)
         replaces = path.exists()

@@ -13,8 +13,8 @@ class Watch:
     """The alarms of one estimator.
 
     Args:
-        on_alarm: Called with each alarm; what it raises becomes a warning. None warns.
-        note: Keeps a warning, given its kind and text, unless there was one of its kind.
+        on_alarm: Called with each alarm; if it raises an error, that becomes a warning. None warns of the alarm.
+        note: Takes the kind and text of a warning, and keeps the first one of each kind.
     """
 
     def __init__(self, on_alarm: OnAlarm, note: Callable[[str, str], None]) -> None:
