@@ -53,9 +53,10 @@ class Alarm:
     """A figure that changed, or a level that lasts.
 
     Attributes:
-        kind: `composition` (a component's share of the batch changed), `trace_T` or `share_B` (it changed), `collapse`,
-            `dimensional collapse`, `no structure`, `point component` or `dead component`.
-        component: Which one; None if the alarm is about all embeddings.
+        kind: A change: `composition` (of a component's share of the batch), `trace_T` or `share_B`. Or a level:
+            `collapse` (little variance), `dimensional collapse` (few directions), `no structure` (no more than a
+            Gaussian has), `point component` (little variance of its own) or `dead component` (little weight).
+        component: Its index; None if the alarm is about all embeddings.
         step: The step at which it was raised.
         since: The first step of the change or of the level.
         figures: The figures that show it, by name.

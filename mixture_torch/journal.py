@@ -1,9 +1,8 @@
 """What an estimator tells its user once a step's figures are on the host: rows of the log, errors and warnings."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -61,7 +60,7 @@ class Journal:
         check_loggable(stats, stores_scores=stores)
         if report is not None:
             report.step = step
-        if self._recorder.open():  # a process that writes no row leaves the folder to those that do
+        if self._recorder.open():
             if report is None:
                 with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                     report = Report.of(stats, extra=self._extra)
@@ -152,11 +151,11 @@ class Journal:
 
 
 def _row(step: int, epoch: int, report: Report, R: Tensor | None, *, resumes: bool) -> Row:
-    figures = report.figures
-    extra: tuple[float, ...] | None = None
+    figures, extra = report.figures, None
     if figures.pi:
-        values = figures.extra.values()
-        extra = tuple(chain.from_iterable(value if isinstance(value, tuple) else (value,) for value in values))
+        values: Iterable[Any] = figures.extra.values()
+        *scalars, pi, n, rel = values
+        extra = (*scalars, *pi, *n, *rel)
     return Row(step, epoch, report.K, *figures[:4], R=R, resumes=resumes, extra=extra)
 
 

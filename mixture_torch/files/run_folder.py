@@ -18,7 +18,7 @@ from torch import Tensor
 from mixture_torch.files.disk import superseded
 from mixture_torch.files.extra import EXTRA_FILE, ExtraFile
 from mixture_torch.files.lock import FolderLock
-from mixture_torch.files.log import COLUMNS, HEADER, LOG_FILE, Mode, Row, RowsFile
+from mixture_torch.files.log import HEADER, LOG_FILE, Mode, Row, RowsFile
 from mixture_torch.files.scores import SCORES_FILE, ScoresFile
 from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, copied, load_entry, save, score_entry
 from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot
@@ -161,7 +161,7 @@ class RunFolder:
             self._extra.append_row(row.step, row.epoch, *row.extra)
         if row.lacks(self._log):
             self._check_order(row)
-            self._log.append_row(*(getattr(row, name) for name in COLUMNS))
+            self._log.append_row(row.step, row.epoch, row.K, row.pi_min, row.pi_max, row.trace_B, row.opnorm_B)
 
     def _write_scores(self, row: Row, R: Tensor) -> None:
         if row.scores_mode == "per_step":

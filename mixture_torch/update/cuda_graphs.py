@@ -21,7 +21,7 @@ Replayed: TypeAlias = tuple[LowerState, Source, Report]  # the outcome of a step
 
 
 class _Results:
-    """The results of one replay, in the graph's memory until one is read, as `Memory` does before that is reused."""
+    """The results of one replay. They stay in the graph's memory until one is read or `Memory` is about to reuse it."""
 
     def __init__(self, memory: Tensor, covariance: Tensor, *, N: int) -> None:
         self._memory = memory  # float32: the number of ignored rows as the halves of an int64, weight, mean, R
