@@ -85,8 +85,7 @@ class Journal:
         self.settle()
         if self._newest is None or self._newest is self._taken or not self._recorder.is_ours:
             return
-        state = view.state
-        if state is None:  # after a checkpoint from before the first update
+        if (state := view.state) is None:
             return
         row, N = self._newest.row(), self._newest.report.figures.N
         is_due = progress.n_steps // EXCESS_EVERY > self._n_steps // EXCESS_EVERY

@@ -63,10 +63,7 @@ class Lines(NamedTuple):
 class RowsFile(GrowingFile):
     """Appends rows, which begin with step and epoch, to a CSV file, with the line ends that it has.
 
-    Args:
-        path: The file.
-        header: The names of the columns, with commas.
-        say: Called with each warning.
+    `header` holds the names of the columns, with commas.
     """
 
     def __init__(self, path: Path, header: bytes, *, say: Callable[[str], None]) -> None:

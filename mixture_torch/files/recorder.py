@@ -26,11 +26,8 @@ class Recorder:
         log_dir: The run folder. None writes nothing.
         scores_mode: How responsibilities are stored; None if they are not.
         writes: Returns whether this process writes. It is called once, at the first row.
-        strict: Whether to raise what the disk reports.
-
-    Raises:
-        TypeError: `log_dir` is no path.
-        ValueError: `log_dir` is empty.
+        strict: Whether to raise an OSError if something cannot be written. In any case it is kept, and later calls try
+            again to write it.
     """
 
     def __init__(
@@ -81,21 +78,13 @@ class Recorder:
         return True
 
     def write(self, row: Row) -> None:
-        """Writes a row, once even if it is given twice. If the disk refuses it, it is kept and later calls try again.
-
-        Raises:
-            OSError: Something could not be written and `strict` is set. It is kept.
-        """
+        """Writes a row, once even if it is given twice."""
         self._do(lambda folder: folder.write(row, self.scores_mode, strict=self._strict))
 
     def write_snapshot(self, entry: Mapping[str, Any]) -> None:
         """Writes a snapshot after the rows so far, if there were any since `close`; at most 16 wait for the disk.
 
-        Args:
-            entry: Int `step` and `epoch`, numbers and dense tensors.
-
-        Raises:
-            OSError: Something could not be written and `strict` is set. It waits.
+        `entry` has `step` and `epoch`, ints, and any numbers and dense tensors.
         """
         self._do(lambda folder: folder.write_snapshot(entry, self._user, strict=self._strict))
 

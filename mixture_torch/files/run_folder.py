@@ -226,9 +226,8 @@ class RunFolder:
             raise
         finally:
             if not self._users:
-                self._scores.close()
-                self._extra.close()
-                self._log.close()
+                for file in (self._scores, self._extra, self._log):
+                    file.close()
                 self.lock.release()
 
     def _keep_responsibilities(self) -> None:

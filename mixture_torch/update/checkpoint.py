@@ -146,9 +146,8 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     moments = Moments(weight=weight, mean=mean, covariance=covariance)
     residual = tensors.get("residual", torch.zeros_like(mean))
     state = LowerState(MixtureState(config=config, moments=moments, residual=residual))
-    pairs = None
-    if version >= 4 and tensors["n_pairs"] > 0:
-        pairs = Pairs(weight=tensors["n_pairs"], V=tensors["V"], squares=tensors["squares"])
+    has_pairs = version >= 4 and bool(tensors["n_pairs"] > 0)
+    pairs = Pairs(weight=tensors["n_pairs"], V=tensors["V"], squares=tensors["squares"]) if has_pairs else None
     return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps, pairs)
 
 
