@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import attrs
 
-BASELINE, GAP = 40, 4  # rows that a row is compared with, and rows between these and it
+BASELINE, GAP = 40, 4  # a row is compared with 40 rows, the last of which is 5 rows before it
 WINDOW = BASELINE + GAP
 # A figure has changed if two rows in succession are off by more standard deviations than this. With these limits, 1 of
 # 35 healthy SimCLR runs over digits (260 steps, K = 10, D = 32) raised a false alarm; trace_T reached 4.5, share_B 5.2.
@@ -179,7 +179,7 @@ def _compared(reading: Reading) -> Row:
 def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, float]:
     """Deviation of each figure that is beyond its limit, in standard deviations."""
     K = len(row) - len(SCALARS)
-    least = 0.5 / math.sqrt(n_rows) / UNIT  # what drawing the batch alone gives
+    least = 0.5 / math.sqrt(n_rows) / UNIT  # the standard deviation from sampling the batch
     suspects = [(K + i, limit, 1.0) for i, (_, limit) in enumerate(SCALARS)]
     if settled >= WINDOW:
         bound = BASELINE * CHANGE * least
@@ -220,7 +220,7 @@ def _levels(state: AlarmState, reading: Reading, largest: float) -> tuple[Levels
 
 
 def _beyond(D: int, reading: Reading, largest: float) -> Iterator[tuple[str, int | None, dict[str, float]]]:
-    """Kind, component and figures of each level that is beyond its bound or not known."""
+    """Kind, component and figures of each level that is beyond its bound, or whose figures are not known."""
     K, pi, rel, excess = len(reading.pi), reading.pi, reading.rel, reading.excess
     used = reading.participation_ratio / D
     one_way = reading.opnorm_B / reading.trace_B if reading.trace_B > 0 else 0.0

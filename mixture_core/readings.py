@@ -23,7 +23,7 @@ NOISE = 1e-6  # singular values below this share of the largest are rounding err
 class NC2(NamedTuple):
     """How far the component means are from a simplex: both are 0 at full neural collapse."""
 
-    equinorm: Tensor  # () standard deviation over mean of |mu_k - m|
+    equinorm: Tensor  # () standard deviation of |mu_k - m| over its mean
     equiangle: Tensor  # () mean of |cos(mu_j - m, mu_k - m) + 1 / (K - 1)|
 
 
@@ -112,7 +112,7 @@ def alpha_req(moments: Moments, *, first: int = 11, last: int = 100) -> Tensor:
 
 
 def std(moments: Moments) -> Tensor:
-    """Returns the mean over dimensions of the embeddings' standard deviation, ().
+    """Returns the standard deviation of the embeddings, averaged over dimensions, ().
 
     For rows of norm 1 it is SimSiam's check for collapse: 1 / sqrt(D) if they fill the sphere, 0 at collapse.
 

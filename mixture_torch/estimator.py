@@ -230,7 +230,7 @@ class MixtureStats(View):
         self._journal.say()
 
     def flush(self) -> None:
-        """Writes everything that was logged to disk, for `torch.load` to read; raises what `close` raises."""
+        """Writes everything that was logged to disk, so that `torch.load` can read it; raises the errors of `close`."""
         self._journal.flush(self)
         self._journal.say()
 

@@ -130,7 +130,7 @@ class Journal:
     def _write(self, logged: Logged) -> None:
         row, figures = logged.row(), logged.report.figures
         self._recorder.write(row)
-        if not (self._extra and figures.pi) or logged is self._newest:  # as after an interrupt
+        if not (self._extra and figures.pi) or logged is self._newest:  # it comes again after an interrupt
             return
         if logged.resumes:
             rows, snapshots = self._recorder.read(before=(row.epoch, row.step))

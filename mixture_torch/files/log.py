@@ -27,7 +27,7 @@ NOWHERE = (-1, -1)  # before all others
 
 @dataclass(eq=False)
 class Row:
-    """A logged step, whose numbers are all known, and how far it is written."""
+    """A logged step with all its numbers, and how much of it has been written."""
 
     step: int
     epoch: int
@@ -43,8 +43,8 @@ class Row:
     scores_mode: Mode | None = None
     kept_bytes: int = 0  # of a copy of R
     ends: dict[GrowingFile, int] = field(default_factory=dict)  # where files ended before the row
-    number: int = 0  # of the files for what it supersedes, once they are begun
-    moved: int = 0  # entries of responsibilities in them
+    number: int = 0  # N of the `superseded-N` files for what it replaces; 0 before they are begun
+    moved: int = 0  # entries of responsibilities in these files
 
     def lacks(self, file: GrowingFile) -> bool:
         """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""

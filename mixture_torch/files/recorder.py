@@ -93,7 +93,7 @@ class Recorder:
         assert self._log_dir is not None
         try:
             rows = joined(read_log(self._log_dir), read_extra(self._log_dir), before=before)
-        except (OSError, ValueError):  # a fault of the disk, which `write` has told
+        except (OSError, ValueError):  # a fault of the disk, of which `write` has warned
             return (), []
         with suppress(FileNotFoundError):
             return rows, read_snapshots(self._log_dir)

@@ -24,7 +24,7 @@ from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, copied, load_e
 from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot
 
 MOST_KEPT = 2**30  # bytes of responsibilities: a full disk must not take the memory of the run
-MOST_SNAPSHOTS = 16  # that wait
+MOST_SNAPSHOTS = 16  # that wait; older ones are dropped
 
 
 class RunFolder:
@@ -177,7 +177,7 @@ class RunFolder:
         """Moves what was recorded at or after a row to files of their own; may be called again after a fault."""
         position = row.epoch, row.step
         if self._extra.path.exists():
-            self._extra.open()  # a torn row takes a number of its own
+            self._extra.open()  # sets a torn row aside first, under a number of its own
         row.number = row.number or next(n for n in count(1) if not self._superseded(n))
         steps = self._log.steps_from(position)
         row.moved += self._shards.supersede(position, row.number, steps=steps)

@@ -250,7 +250,7 @@ class Mixture:
 
 
 def _continues(so_far: StepStats | None) -> bool | Tensor:
-    """Whether a batch continues a step whose weights have decayed: until a row was usable, none has."""
+    """Whether earlier weights have decayed in this step already, as they do at its first usable row."""
     if so_far is None:
         return False
     usable = so_far.rows.n_ignored + so_far.n_ignored < so_far.rows.N

@@ -12,7 +12,7 @@ from mixture_core.pairs import Pairs, alignment, lidar
 from mixture_core.readings import alpha_req, effective_rank, nc1, rankme, share_B
 
 WIDE = 1024  # if D is larger, only the spectrum of T is computed: each further reading takes as long again
-MOST_WORK = 2e10  # multiplications of the null: more would take more than about a second
+MOST_WORK = 2e10  # multiplications for the null, which take about a second
 SHADOWS, STEPS = 2, 60
 EXCESS_EVERY = 100  # steps between two computations of the excess
 

@@ -60,7 +60,7 @@ class ExactMoments(Moments):
 
     @property
     def lower(self) -> Moments:
-        """These moments, without a copy if there is none yet: only the lower triangles are then defined."""
+        """These moments, not copied if nobody has read them; then only the lower triangles are defined."""
         if "covariance" in self.__dict__ or "_source" not in self.__dict__:
             return self
         return Moments(**{name: self._source[name] for name in ("weight", "mean", "covariance")})
