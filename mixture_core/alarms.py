@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import attrs
 
-BASELINE, GAP = 40, 4  # a row is compared with 40 rows, the last of which is 5 rows before it
+BASELINE, GAP = 40, 4  # a row is compared with the 40 rows before a gap of 4 rows
 WINDOW = BASELINE + GAP
 # A figure has changed if two rows in succession are off by more standard deviations than this. With these limits, 1 of
 # 35 healthy SimCLR runs over digits (260 steps, K = 10, D = 32) raised a false alarm; trace_T reached 4.5, share_B 5.2.
@@ -111,9 +111,9 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     """Returns the state after one more row of the log, and the alarms that this row raises.
 
     The compared figures are sqrt(n_k / N) for each component, whose standard deviation, 1 / (2 sqrt(N)), does not
-    depend on the share n_k / N, and the logarithms of trace_T and share_B. Each is compared with 40 rows that end 4
-    rows before this one: its deviation is the distance from their mean, in standard deviations. A figure has changed if
-    its deviation exceeds the limit in two rows in succession, with the same sign. A change need not be a fault. For the
+    depend on the share n_k / N, and the logarithms of trace_T and share_B. Each is compared with the 40 rows before a
+    gap of 4 rows: its deviation is the distance from their mean, in standard deviations. A figure has changed if its
+    deviation exceeds the limit in two rows in succession, with the same sign. A change need not be a fault. For the
     next 44 rows the figure raises no further alarm. After a relocation, components mean something else, and their
     comparison begins again. Rows without usable embeddings are skipped.
 
