@@ -30,6 +30,10 @@ class Recorder:
             again to write it.
     """
 
+    # Of the process. One lock for all folders: with two, threads that collect garbage could wait for each other.
+    _turn = threading.RLock()
+    _folders: ClassVar[weakref.WeakValueDictionary[str, RunFolder]] = weakref.WeakValueDictionary()
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str] | None,
@@ -54,7 +58,14 @@ class Recorder:
     @staticmethod
     def turn() -> threading.RLock:
         """Returns the lock that all estimators of this process take for their files."""
-        return _Shared.turn
+        return Recorder._turn
+
+    @staticmethod
+    def begin_anew() -> None:
+        """In a forked child, leaves the folders to the parent, and the lock to the thread that may have it there."""
+        for folder in list(Recorder._folders.values()):
+            folder.lock.drop()
+        Recorder._turn, Recorder._folders = threading.RLock(), weakref.WeakValueDictionary()
 
     @property
     def is_ours(self) -> bool:
@@ -69,10 +80,10 @@ class Recorder:
         """
         if self._log_dir is None or not self._writes():
             return False
-        with _Shared.turn:
+        with self._turn:
             if self._folder is None or not self.is_ours:
                 place = os.path.realpath(self._log_dir)  # the same, whatever path leads there
-                self._folder = _Shared.folders.setdefault(place, RunFolder(self._log_dir))
+                self._folder = self._folders.setdefault(place, RunFolder(self._log_dir))
                 self._opened_by = os.getpid()
             self._folder.join(self._user, self.scores_mode)
         return True
@@ -115,29 +126,15 @@ class Recorder:
 
     def _do(self, action: Callable[[RunFolder], None]) -> None:
         """Does something with the folder, unless it was never opened or is the parent's, and warns of its news."""
-        with _Shared.turn:
+        with self._turn:
             if (folder := self._folder) is not None and self.is_ours:
                 action(folder)
                 while folder.news and not folder.is_busy:
                     warn_caller(folder.news.pop(0))
 
 
-class _Shared:
-    """What the estimators of a process share."""
-
-    turn = threading.RLock()  # one for all folders: with two, threads that collect garbage could wait for each other
-    folders: ClassVar[weakref.WeakValueDictionary[str, RunFolder]] = weakref.WeakValueDictionary()
-
-    @classmethod
-    def begin_anew(cls) -> None:
-        """In a forked child, leaves the folders to the parent, and `turn` to the thread that may have it there."""
-        for folder in list(cls.folders.values()):
-            folder.lock.drop()
-        cls.turn, cls.folders = threading.RLock(), weakref.WeakValueDictionary()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Shared.begin_anew)
+    os.register_at_fork(after_in_child=Recorder.begin_anew)
 
 
 def warn_caller(text: str) -> None:
