@@ -1,7 +1,7 @@
-"""Alarms: what changed, and what is wrong, from the figures that are logged at each step.
+"""Alarms: what changed, and what is wrong, according to the figures that are logged at each step.
 
-`observe` is a pure function that takes one row of a log after another: the same live as over a finished log. It runs on
-plain numbers, since it is called at each training step, on the host.
+`observe` is a pure function that takes the rows of a log one by one, during training or afterwards. It computes with
+plain numbers because it runs on the host at each training step.
 """
 
 import math
@@ -10,16 +10,17 @@ from typing import NamedTuple, TypeAlias
 
 import attrs
 
-BASELINE, GAP = 40, 4  # rows that a row is compared with, and rows between these and it
+BASELINE, GAP = 40, 4  # a row is compared with the 40 rows before a gap of 4 rows
 WINDOW = BASELINE + GAP
-# How many standard deviations two rows in succession must be off. On SimCLR runs over digits (260 steps, K = 10,
-# D = 32), 1 of 35 healthy runs raised a false alarm with these limits; the largest of the scalars were 4.5 and 5.2.
+# A figure has changed if two rows in succession are off by more standard deviations than this. With these limits, 1 of
+# 35 healthy SimCLR runs over digits (260 steps, K = 10, D = 32) raised a false alarm; trace_T reached 4.5, share_B 5.2.
 CHANGE = 3.5
 SCALARS = (("trace_T", 4.8), ("share_B", 5.5))
+CHANGES = ("composition", "trace_T", "share_B")  # kinds of alarms
 # Compared figures are whole multiples of this unit, so running sums are exact and depend on the window alone.
 UNIT = 2.0**-19
 LASTING = 20  # rows in succession after which a level is reported
-LASTING_EXCESS = 2  # known values of the excess in succession, since it is not computed at each step
+LASTING_EXCESS = 2  # the same for the excess, in rows that have it: it is not computed at each step
 
 COLLAPSED = 0.05  # trace_T; rows of norm 1 that fill the sphere have 1
 FLAT, ONE_WAY = 0.15, 0.25  # participation_ratio / D, and opnorm_B / trace_B, at dimensional collapse
@@ -49,15 +50,16 @@ class Reading(NamedTuple):
 
 @attrs.frozen(kw_only=True)
 class Alarm:
-    """Something that changed, or a level that lasts.
+    """A figure that changed, or a level that lasts.
 
     Attributes:
-        kind: `composition` (a component's share of the batch changed), `trace_T` or `share_B` (it changed), `collapse`,
-            `dimensional collapse`, `no structure`, `point component` or `dead component`.
-        component: Which one; None if the alarm is about all embeddings.
+        kind: A change: `composition` (of a component's share of the batch), `trace_T` or `share_B`. Or a level:
+            `collapse` (little variance), `dimensional collapse` (few directions), `no structure` (no more than a
+            Gaussian has), `point component` (little variance of its own) or `dead component` (little weight).
+        component: Its index; None if the alarm is about all embeddings.
         step: The step at which it was raised.
         since: The first step of the change or of the level.
-        figures: What it rests on, by name.
+        figures: The figures that show it, by name.
     """
 
     kind: str
@@ -70,12 +72,13 @@ class Alarm:
         """Returns the alarm in one line."""
         figures = ", ".join(f"{name} {value:.3g}" for name, value in self.figures.items())
         about = "" if self.component is None else f" (component {self.component})"
-        return f"{self.kind}{about} since step {self.since}: {figures}"
+        began = "changed at" if self.kind in CHANGES else "since"
+        return f"{self.kind}{about} {began} step {self.since}: {figures}"
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class AlarmState:
-    """What `observe` has to know of earlier rows.
+    """What `observe` keeps of earlier rows.
 
     Attributes:
         D: Width of the embeddings.
@@ -84,11 +87,11 @@ class AlarmState:
         settled: Rows since components were last relocated.
         window: The compared figures of the last 44 rows; zeros before the first.
         sums: Their sums over the first 40 of these rows.
-        squares: Their sums of squares over these.
-        off: Index of each figure that was beyond its limit in the last row: its deviation.
-        quiet: Index of each figure that has changed: for how many more rows it raises no alarm.
+        squares: Their sums of squares over the same rows.
+        off: The deviation of each figure that was beyond its limit in the last row, by index.
+        quiet: For how many more rows a figure that changed raises no alarm, by index.
         largest: Largest trace_T so far.
-        levels: Kind and component of each level beyond its bound: since when, and for how many rows.
+        levels: First step and number of rows of each level that is beyond its bound, by kind and component.
     """
 
     D: int
@@ -107,14 +110,15 @@ class AlarmState:
 def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alarm, ...]]:
     """Returns the state after one more row of the log, and the alarms that this row raises.
 
-    A share of the batch is compared as sqrt(n_k / N), whose standard deviation, 1 / (2 sqrt(N)), does not depend on
-    the share, and trace_T and share_B by their logarithms. Each is compared with its mean over 40 rows, in their
-    standard deviations, after a gap of 4 rows. It changed if two rows in succession are off by more than the limit with
-    one sign; that says *changed*, not failed. For the next 44 rows it raises no further alarm. A relocation gives
-    components another meaning, and their comparison begins anew. Rows without usable embeddings are passed over.
+    The compared figures are sqrt(n_k / N) for each component, whose standard deviation, 1 / (2 sqrt(N)), does not
+    depend on the share n_k / N, and the logarithms of trace_T and share_B. Each is compared with the 40 rows before a
+    gap of 4 rows: its deviation is the distance from their mean, in standard deviations. A figure has changed if its
+    deviation exceeds the limit in two rows in succession, with the same sign. A change need not be a fault. For the
+    next 44 rows the figure raises no further alarm. After a relocation, components mean something else, and their
+    comparison begins again. Rows without usable embeddings are skipped.
 
-    The levels are for embeddings of norm 1. A level is reported once when it has lasted for 20 rows, and again if it
-    came back. A figure that is not known leaves it as it is.
+    Levels assume embeddings of norm 1. A level is reported once it has lasted for 20 rows, and again if it ends and
+    comes back. If its figures are not known, the level stays as it is.
 
     Args:
         state: `AlarmState(D=...)` before the first row.
@@ -175,7 +179,7 @@ def _compared(reading: Reading) -> Row:
 def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, float]:
     """Deviation of each figure that is beyond its limit, in standard deviations."""
     K = len(row) - len(SCALARS)
-    least = 0.5 / math.sqrt(n_rows) / UNIT  # what drawing the batch alone gives
+    least = 0.5 / math.sqrt(n_rows) / UNIT  # the standard deviation from sampling the batch
     suspects = [(K + i, limit, 1.0) for i, (_, limit) in enumerate(SCALARS)]
     if settled >= WINDOW:
         bound = BASELINE * CHANGE * least
@@ -201,7 +205,7 @@ def _change(reading: Reading, index: int, deviation: float, *, since: int) -> Al
 
 
 def _levels(state: AlarmState, reading: Reading, largest: float) -> tuple[Levels, list[Alarm]]:
-    """The levels beyond their bound after this row, and the alarms of those that have lasted."""
+    """The levels beyond their bounds after this row, and the alarms of those that have just lasted long enough."""
     levels: dict[tuple[str, int | None], tuple[int, int]] = {}
     alarms: list[Alarm] = []
     for kind, component, figures in _beyond(state.D, reading, largest):
@@ -216,7 +220,7 @@ def _levels(state: AlarmState, reading: Reading, largest: float) -> tuple[Levels
 
 
 def _beyond(D: int, reading: Reading, largest: float) -> Iterator[tuple[str, int | None, dict[str, float]]]:
-    """Kind, component and figures of each level that is beyond its bound or not known."""
+    """Kind, component and figures of each level that is beyond its bound, or whose figures are not known."""
     K, pi, rel, excess = len(reading.pi), reading.pi, reading.rel, reading.excess
     used = reading.participation_ratio / D
     one_way = reading.opnorm_B / reading.trace_B if reading.trace_B > 0 else 0.0

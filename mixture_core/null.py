@@ -13,16 +13,17 @@ def excess(
 ) -> Tensor:
     """Returns how much of the variance lies between components beyond chance, (), at most 1: (s - s0) / (1 - s0).
 
-    s is the share of variance between components, tr B / tr T, and s0 its mean in estimators of the same options that
-    were fed rows of a single Gaussian with the covariance T: k-means finds "clusters" there too. 0 means no more
-    structure than a Gaussian has. It is an effect size, not a p-value: normalised rows without clusters read up to .05.
+    s is the share of variance between components, tr B / tr T. s0 is its mean over estimators with the same options
+    that see only rows of a single Gaussian with the covariance T: k-means finds "clusters" there too. 0 means no more
+    structure than a Gaussian has. It is an effect size, not a p-value: normalised rows without clusters give up to
+    0.05.
 
     Args:
-        state: The estimator's.
-        N: Rows per step that it is fed.
-        generator: CPU source of randomness; None is one with a fixed seed.
-        shadows: Number of estimators whose s0 is averaged.
-        steps: Steps of each, several windows of the default `ema_decay`.
+        state: The mixture.
+        N: Rows per step.
+        generator: CPU generator; None is one with a fixed seed.
+        shadows: Number of estimators that see the Gaussian.
+        steps: Steps of each; the default is several windows of the default `ema_decay`.
 
     Raises:
         ValueError: `N`, `shadows` or `steps` is less than 1.
@@ -48,14 +49,14 @@ def excess(
 def chance_share(
     state: MixtureState, N: int, *, generator: torch.Generator | None = None, shadows: int = 4, steps: int = 120
 ) -> Tensor:
-    """Returns s0 of `excess`, (), in which the arguments are explained."""
+    """Returns s0 of `excess`, (); the arguments are the same."""
     if min(N, shadows, steps) < 1:
         raise ValueError(f"`N`, `shadows` and `steps` must be at least 1, got {N}, {shadows} and {steps}.")
     if generator is None:
         generator = torch.Generator(device="cpu").manual_seed(0)
     config, moments = state.config, state.moments
     # Neither the mean nor a rotation changes a share.
-    spread, pi = spectrum(moments).clamp(min=0.0).sqrt(), moments.pi.cpu()
+    spread, pi = spectrum(moments).sqrt(), moments.pi.cpu()
 
     def draw() -> tuple[Tensor, Tensor | None]:
         rows = torch.randn(N, len(spread), generator=generator)

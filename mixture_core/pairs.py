@@ -1,4 +1,4 @@
-"""What two views of each sample tell: their covariance within a sample, and how uncertain the mixture's figures are."""
+"""What pairs of views show: the covariance within samples, and the standard errors of the mixture's figures."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from mixture_core.inputs import as_embeddings, looks
 from mixture_core.moments import Moments, _trace, safe_divide
 from mixture_core.pytrees import pytree
-from mixture_core.readings import EPSILON, _exp_entropy, total
+from mixture_core.readings import EPSILON, _as, _exp_entropy, _shares, total
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
 
@@ -20,7 +20,7 @@ class Pairs:
     """Statistics of pairs of views, averaged over the same window as the mixture.
 
     Attributes:
-        weight: () number of pairs, decayed as samples are.
+        weight: () number of pairs, decayed like the weights of samples.
         V: (D, D) covariance within samples: the mean of (z1 - z2)(z1 - z2)^T / 2.
         squares: (K + 2,) sums of the squared influence of each pair on pi_1, ..., pi_K, trace_B and share_B, decayed
             twice as fast.
@@ -43,9 +43,9 @@ class Pairs:
     def standard_errors(self) -> Tensor:
         """Standard errors of pi_1, ..., pi_K, trace_B and share_B, (K + 2,); nan before the first pair.
 
-        They hold for independent samples, and for the clusters as they are found: if clusters overlap, they are
-        lower bounds, since they ignore that other samples would have moved the border. In a constant window of n pairs
-        per step they are sqrt(v (1 - decay) / (1 + decay)), v being the variance of one step's mean.
+        They assume that samples are independent and that borders between components are fixed. If clusters overlap,
+        they are lower bounds, because other samples would move the borders. If all steps have equally many pairs, they
+        are sqrt(v (1 - decay) / (1 + decay)), with v the variance of one step's mean.
         """
         return self.squares.sqrt() / self.weight[..., None]
 
@@ -60,11 +60,11 @@ def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: floa
     """Returns the statistics after one more batch of pairs.
 
     With m the mean of all, a row's influence is R_k - pi_k on pi_k, psi = |x - m|^2 - sum_k R_k |x - mu_k|^2 - tr B on
-    trace_B, and (psi - s (|x - m|^2 - tr T)) / tr T on s = share_B. Rows of a pair are dependent, so the variance is
-    that of the pairs' means.
+    trace_B, and (psi - s (|x - m|^2 - tr T)) / tr T on s = share_B. The two rows of a pair are
+    dependent, so the influence of a pair is the mean of theirs.
 
     Args:
-        pairs: From `none` or the batch before.
+        pairs: From `none`, or from the batch before.
         x: (2n, D) embeddings: rows i and i + n are views of one sample.
         R: (2n, K) their responsibilities; a pair with a row of zeros does not count.
         moments: The mixture after the batch.
@@ -79,10 +79,10 @@ def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: floa
 
 
 def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
-    """Returns sums over the pairs of a batch, or of a rank's share of it, which add up, (1 + 2 (K + 2) + D^2,).
+    """Returns sums over the pairs of a batch, (1 + 2 (K + 2) + D^2,); the sums of several ranks add up.
 
-    They are the number of pairs, their influences, the squares of these, and (z1 - z2)(z1 - z2)^T. Of the covariances,
-    only the diagonals are read. Arguments and errors are those of `observe`.
+    They are the number of pairs, their influences, the squares of the influences, and (z1 - z2)(z1 - z2)^T. Only the
+    diagonals of the covariances are read. Arguments and errors are those of `observe`.
     """
     x = as_embeddings(x, D=moments.mean.shape[-1], name="x")
     if x.shape[0] % 2 or R.shape[0] != x.shape[0]:
@@ -100,7 +100,7 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
 
 
 def from_sums(sums: Tensor, *, K: int) -> Pairs:
-    """Returns the statistics of a batch whose `pair_sums` these are."""
+    """Returns the statistics of a batch, given its `pair_sums`."""
     n, influence, squares, outer = sums.split_with_sizes([1, K + 2, K + 2, len(sums) - 2 * K - 5])
     centred = (squares - safe_divide(influence.square(), n)).clamp(min=0.0)
     D = math.isqrt(len(outer))
@@ -108,10 +108,16 @@ def from_sums(sums: Tensor, *, K: int) -> Pairs:
 
 
 def accumulate(pairs: Pairs, batch: Pairs, *, decay: float | Tensor) -> Pairs:
-    """Returns the statistics of earlier pairs, decayed, and of a batch together."""
+    """Returns the statistics of the earlier pairs, decayed, together with those of a batch."""
     weight = pairs.weight * decay + batch.weight
     V = torch.lerp(pairs.V, batch.V, safe_divide(batch.weight, weight))
     return Pairs(weight=weight, V=V, squares=pairs.squares * decay**2 + batch.squares)
+
+
+def repeated(batch: Pairs, *, steps: int, decay: float) -> Pairs:
+    """Returns the statistics as if the pairs of a batch had come in each of the last `steps` steps."""
+    weight, squares = ((1 - factor**steps) / (1 - factor) for factor in (decay, decay**2))
+    return Pairs(weight=batch.weight * weight, V=batch.V, squares=batch.squares * squares)
 
 
 def alignment(pairs: Pairs) -> Tensor:
@@ -126,7 +132,7 @@ def alignment(pairs: Pairs) -> Tensor:
 def lidar(moments: Moments, pairs: Pairs) -> Tensor:
     """Returns LiDAR with two views of each sample, () in [1, D]: exp(H(p)).
 
-    p are the eigenvalues of Sigma_w^-1/2 Sigma_b Sigma_w^-1/2 over their sum, with Sigma_w = V + 1e-4 I and
+    p holds the eigenvalues of Sigma_w^-1/2 Sigma_b Sigma_w^-1/2 over their sum, with Sigma_w = V + 1e-4 I and
     Sigma_b = (T - V / 2) n / (n - 1), for n samples.
 
     Args:
@@ -137,13 +143,12 @@ def lidar(moments: Moments, pairs: Pairs) -> Tensor:
     """
     V, T, n = pairs.V.double(), total(moments).double(), pairs.weight.double()[..., None, None]
     between = (T - V / 2) * safe_divide(n, n - 1)
-    # Not by Cholesky: of fewer pairs than dimensions, rounding may leave V with eigenvalues far below 0.
+    # Not by Cholesky: with fewer pairs than dimensions, rounding may make eigenvalues of V negative.
     size, vectors = torch.linalg.eigh(V)
     root = vectors * (size.clamp(min=0.0) + RIDGE).rsqrt()[..., None, :]
     whitened = root.mT @ between @ root
     eigenvalues = torch.linalg.eigvalsh((whitened + whitened.mT) / 2).clamp(min=0.0)
-    shares = safe_divide(eigenvalues, eigenvalues.sum(dim=-1, keepdim=True)) + EPSILON
-    return _exp_entropy(shares).to(moments.mean.dtype)
+    return _as(moments, _exp_entropy(_shares(eigenvalues) + EPSILON))
 
 
 def _influence(x: Tensor, R: Tensor, moments: Moments) -> Tensor:

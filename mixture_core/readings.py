@@ -1,9 +1,9 @@
-"""Readings: what representation learning calls its figures, computed from the moments of a mixture instead of rows.
+"""Readings: the usual figures of representation learning, computed from a mixture's moments instead of from rows.
 
-All are pure functions under `vmap` and `grad`. They compute in float64 and return the moments' type. The moments are
-those of the embeddings that were weighted in, so each reading is exactly what its paper computes on these rows. But
-float32 moments do not tell an eigenvalue of 0 from 1e-7 of the largest, whose square root is 3e-4: on rows of exact
-rank 4 in 64 dimensions, `rankme` reads 4.17.
+All are pure functions that work under `vmap` and `grad`. They compute in float64 and return the dtype of the moments.
+The moments say all that a reading needs of the rows, so it equals its paper's definition on the weighted rows. But
+float32 moments cannot tell an eigenvalue of 0 from one of 1e-7 times the largest, whose square root is 3e-4: on rows of
+exact rank 4 in 64 dimensions, `rankme` reads 4.17.
 """
 
 import math
@@ -16,21 +16,21 @@ from torch.utils._pytree import tree_map  # torch has no public pytree module
 from mixture_core.inputs import as_embeddings
 from mixture_core.moments import Moments, _trace, safe_divide
 
-EPSILON = 1e-7  # that RankMe and LiDAR add to each share
+EPSILON = 1e-7  # RankMe and LiDAR add it to each share
 NOISE = 1e-6  # singular values below this share of the largest are rounding errors of float32
 
 
 class NC2(NamedTuple):
     """How far the component means are from a simplex: both are 0 at full neural collapse."""
 
-    equinorm: Tensor  # () standard deviation over mean of |mu_k - m|
+    equinorm: Tensor  # () standard deviation of |mu_k - m| over its mean
     equiangle: Tensor  # () mean of |cos(mu_j - m, mu_k - m) + 1 / (K - 1)|
 
 
 def total(moments: Moments) -> Tensor:
     """Returns T, the covariance of all embeddings, (D, D): sum_k pi_k Sigma_k + B."""
     m = _exact(moments)
-    return _as(moments, (m.pi[..., None, None] * m.covariance).sum(dim=-3) + m.B)
+    return _as(moments, _within(m) + m.B)
 
 
 def trace_T(moments: Moments) -> Tensor:
@@ -79,8 +79,8 @@ def rankme(moments: Moments) -> Tensor:
     rank" (2023), section 3.1.
     """
     m = _exact(moments)
-    mean = (m.pi[..., None, :] @ m.mean)[..., 0, :]
-    second = total(m) + mean[..., :, None] * mean[..., None, :]
+    mean = m.pi[..., None, :] @ m.mean
+    second = total(m) + mean.mT @ mean
     return _as(moments, _exp_entropy(_shares(_safe_sqrt(_eigenvalues(second))) + EPSILON))
 
 
@@ -112,16 +112,15 @@ def alpha_req(moments: Moments, *, first: int = 11, last: int = 100) -> Tensor:
 
 
 def std(moments: Moments) -> Tensor:
-    """Returns the mean over dimensions of the embeddings' standard deviation, ().
+    """Returns the standard deviation of the embeddings, averaged over dimensions, ().
 
     For rows of norm 1 it is SimSiam's check for collapse: 1 / sqrt(D) if they fill the sphere, 0 at collapse.
 
     Chen and He, "Exploring simple siamese representation learning" (2021), section 4.1.
     """
     m = _exact(moments)
-    mean = m.pi[..., None, :] @ m.mean
-    within = m.covariance.diagonal(dim1=-2, dim2=-1) + (m.mean - mean).square()
-    return _as(moments, _safe_sqrt((m.pi[..., None] * within).sum(dim=-2)).mean(dim=-1))
+    variance = m.covariance.diagonal(dim1=-2, dim2=-1) + _deviations(m).square()
+    return _as(moments, _safe_sqrt((m.pi[..., None] * variance).sum(dim=-2)).mean(dim=-1))
 
 
 def effective_components(moments: Moments) -> Tensor:
@@ -148,9 +147,8 @@ def nc1(moments: Moments) -> Tensor:
     m = _exact(moments)
     alive = (m.weight > 0).to(m.mean.dtype)
     inverse = torch.linalg.pinv(alive[..., None] * _deviations(m), rtol=NOISE)  # (D, K)
-    within = (m.pi[..., None, None] * m.covariance).sum(dim=-3)
     # tr(W (M^T M / K)^+) / K with M the deviations, and (M^T M)^+ = M^+ M^+^T.
-    return _as(moments, (inverse * (within @ inverse)).sum(dim=(-2, -1)))
+    return _as(moments, (inverse * (_within(m) @ inverse)).sum(dim=(-2, -1)))
 
 
 def nc2(moments: Moments) -> NC2:
@@ -174,9 +172,9 @@ def nc2(moments: Moments) -> NC2:
 def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Tensor:
     """Returns the log-density of each row under the mixture, (N,), in nats.
 
-    Each Sigma_k is replaced by (1 - shrinkage) Sigma_k + shrinkage W, with W = sum_k pi_k Sigma_k, the pooled
-    covariance, since a component with fewer rows than dimensions has no density of its own. 1e-6 |W|_F is added to the
-    variance in each direction, since W has no density either if the rows lie in a subspace.
+    A component with fewer rows than dimensions has no density of its own, so each Sigma_k is replaced by
+    (1 - shrinkage) Sigma_k + shrinkage W, with W = sum_k pi_k Sigma_k, the pooled covariance. If the rows lie in a
+    subspace, W has no density either, so 1e-6 |W|_F is added to the variance in each direction.
 
     Raises:
         TypeError: `x` is neither a tensor nor an array.
@@ -188,7 +186,7 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
         raise ValueError(f"`shrinkage` must be in [0, 1], got {shrinkage}.")
     m, D = _exact(moments), moments.mean.shape[-1]
     rows = as_embeddings(x, D=D, name="x").double()
-    pooled = (m.pi[..., None, None] * m.covariance).sum(dim=-3, keepdim=True)
+    pooled = _within(m)[..., None, :, :]
     least = NOISE * pooled.square().sum(dim=(-2, -1), keepdim=True).sqrt() + torch.finfo(torch.float32).tiny
     ridge = least * torch.eye(D, dtype=rows.dtype, device=rows.device)
     factor = torch.linalg.cholesky(torch.lerp(m.covariance, pooled, shrinkage) + ridge)
@@ -201,10 +199,10 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
 
 
 def match(a: Moments, b: Moments) -> Tensor:
-    """Returns which component of `b` is which of `a`, (K,) int64: component `match(a, b)[k]` of `b` is k of `a`.
+    """Returns the component of `b` that corresponds to each component of `a`, (K,) int64.
 
-    The assignment has the smallest sum of squared distances between means (Kuhn, "The Hungarian method for the
-    assignment problem", 1955). It needs SciPy, and is no function for `vmap` or `grad`.
+    The sum of squared distances between matched means is the smallest possible (Kuhn, "The Hungarian method for the
+    assignment problem", 1955). Needs SciPy. Does not work under `vmap` or `grad`.
 
     Raises:
         ImportError: SciPy is not installed.
@@ -212,8 +210,8 @@ def match(a: Moments, b: Moments) -> Tensor:
     """
     try:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # SciPy has no types
-    except ModuleNotFoundError as error:
-        raise ImportError('`match` needs SciPy: pip install "mixture-diagnostics[match]".') from error
+    except ModuleNotFoundError:
+        raise ImportError('`match` needs SciPy: pip install "mixture-diagnostics[match]".') from None
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"`b` must have the K and D of `a`, {tuple(a.mean.shape)}, got {tuple(b.mean.shape)}.")
     distance = torch.cdist(a.mean.double(), b.mean.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -228,6 +226,11 @@ def _exact(moments: Moments) -> Moments:
 
 def _as(moments: Moments, value: Tensor) -> Tensor:
     return value.to(moments.mean.dtype)
+
+
+def _within(m: Moments) -> Tensor:
+    """The mean covariance of the components, (D, D): sum_k pi_k Sigma_k."""
+    return (m.pi[..., None, None] * m.covariance).sum(dim=-3)
 
 
 def _deviations(m: Moments) -> Tensor:

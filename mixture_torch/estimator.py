@@ -49,10 +49,10 @@ class MixtureStats(View):
         relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
         compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
         dim: D, if known beforehand, so that `state_dict` has its final shapes before the first update.
-        extra: Whether to write more figures, also of each component, to `mixture_extra.csv`.
+        extra: Whether to write more figures, some for each component, to `mixture_extra.csv`.
         snapshot_every: Steps between two snapshots of the mixture; None takes one at each `flush`.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
-        on_alarm: Function that is called with each alarm of the log; None warns once for each kind.
+        on_alarm: Function to call with each alarm; None warns once for each kind.
 
     Raises:
         TypeError: An option is of the wrong type.
@@ -142,7 +142,7 @@ class MixtureStats(View):
             labels: (N,) integers in [0, K), -1 or -100 to ignore a row; only read if responsibilities come from labels.
             step: The training step, a number or string. Calls with the same step are one batch, as in gradient
                 accumulation. None means the step of the surrounding `activate`; without one, each call is a step.
-            views: 2 if rows n and n + N/2 are two views of one sample: then V and standard errors are kept too.
+            views: 2 if rows n and n + N/2 are two views of one sample; adds the alignment and standard errors.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
@@ -177,7 +177,7 @@ class MixtureStats(View):
         if updated is not None:
             self._stats, self._report = updated.stats, updated.report
             if updated.report is not None:
-                self._journal.expect(updated.report)
+                self._journal.reports.expect(updated.report, updated.report)
             self._journal.note_ignored(updated.n_ignored, updated.n_rows)
         self._journal.say()  # last, as a warning may be turned into an error
         return self._stats
@@ -194,8 +194,8 @@ class MixtureStats(View):
 
         Raises:
             TypeError: `step` or `epoch` is not an integer, or `stats` is not a mapping.
-            ValueError: `step` or `epoch` is negative, `stats` lacks a key, or `log_dir` has a file of another format or
-                is another process's.
+            ValueError: `step` or `epoch` is negative, `stats` lacks a key, a file in `log_dir` has another format, or
+                another process writes there.
             OSError: The row could not be written and `strict` is set; the row is kept and written with the next one.
         """
         if not self._config.enabled:
@@ -206,7 +206,7 @@ class MixtureStats(View):
         step, epoch = as_count("step", step), as_count("epoch", epoch)
         if stats:
             self._journal.log(stats, self._report if stats is self._stats else None, step, epoch)
-            self._journal.take(self, flushes=False)
+            self._journal.take_snapshot(self)
         elif not self._mixture.is_short:
             self._journal.note("no stats", NO_STATS)
         self._journal.say()
@@ -230,13 +230,12 @@ class MixtureStats(View):
         self._journal.say()
 
     def flush(self) -> None:
-        """Writes everything that was logged to disk, for `torch.load` to read; raises what `close` raises."""
-        self._journal.take(self, flushes=True)
-        self._journal.flush()
+        """Writes everything that was logged to disk, so that `torch.load` can read it; raises the errors of `close`."""
+        self._journal.flush(self)
         self._journal.say()
 
     def close(self) -> None:
-        """Flushes and closes all files, and leaves the state_dict in `mixture_last.pt`; a later `log_step` opens them.
+        """Flushes and closes all files, and writes the state_dict to `mixture_last.pt`; `log_step` opens them again.
 
         Raises:
             OSError: A file could not be written and `strict` is set; the rows are kept.

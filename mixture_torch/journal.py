@@ -1,10 +1,8 @@
 """What an estimator tells its user once a step's figures are on the host: rows of the log, errors and warnings."""
 
-import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,7 +14,7 @@ from mixture_torch.update.figures import check_loggable, responsibilities_of
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.ranks import text_of
 from mixture_torch.update.snapshot import EXCESS_EVERY, snapshot
-from mixture_torch.update.watch import OnAlarm, Watch, readings_before
+from mixture_torch.update.watch import OnAlarm, Watch
 from mixture_torch.views import View
 
 NO_STATS = (
@@ -34,31 +32,27 @@ class Logged(NamedTuple):
 
 
 class Journal:
-    """Takes rows and checks from the device to the files and to the user, and watches the rows for alarms.
+    """Writes rows and checks batches once their figures are on the host, and watches the rows for alarms.
 
-    When `owner` is collected, its rows are written. `notes` are warnings that the user has not been given yet.
+    When `owner` is garbage collected, its rows are written. `notes` are warnings that the user has not seen yet.
     """
 
     def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
         self._recorder, self._notes, self._extra = recorder, notes, extra
-        self._reports: Arrivals[Report] = Arrivals(recorder.turn)
+        self.reports: Arrivals[Report] = Arrivals(recorder.turn)  # of updates, whose batches are checked then
         self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
         self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._noted: set[str] = set()
         self._watch = Watch(on_alarm, self.note)
-        self._newest: tuple[int, int, int] | None = None  # epoch, step and number of rows of the last row
-        self._taken: tuple[int, int, int] | None = None  # the same at the last snapshot
+        self._newest: Logged | None = None  # the last row that was written
+        self._taken: Logged | None = None  # the same at the last snapshot
         self._axes: Tensor | None = None  # of the last snapshot
         self._n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
 
     def resume(self, n_steps: int) -> None:
-        """Goes on from a checkpoint after so many steps, whose next row supersedes those at or after it."""
+        """Continues from a checkpoint at `n_steps`; the next row supersedes all rows at or after it."""
         self._resumes, self._n_steps, self._newest = True, n_steps, None
-
-    def expect(self, report: Report) -> None:
-        """Checks the batch of an update when its report is here."""
-        self._reports.expect(report, report)
 
     def log(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
         """Writes a row when its report is here; None makes a report of the statistics."""
@@ -66,7 +60,7 @@ class Journal:
         check_loggable(stats, stores_scores=stores)
         if report is not None:
             report.step = step
-        if self._recorder.open():  # a process that writes no row leaves the folder to those that do
+        if self._recorder.open():
             if report is None:
                 with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                     report = Report.of(stats, extra=self._extra)
@@ -81,38 +75,38 @@ class Journal:
         try:
             self.rows.settle(self._write, but=but)
         finally:
-            self._reports.settle(self._check, but=but)
+            self.reports.settle(self._check, but=but)
 
-    def take(self, view: View, *, flushes: bool) -> None:
-        """Writes a snapshot of an estimator's mixture if one is due and there has been a row since the last one."""
+    def take_snapshot(self, view: View, *, flushes: bool = False) -> None:
+        """Writes a snapshot of an estimator's mixture if one is due and a row has been written since the last one."""
         every, progress = view.config.snapshot_every, view._mixture.progress
         if flushes != (every is None) or progress.n_steps == 0 or progress.n_steps % (every or 1):
             return
         self.settle()
         if self._newest is None or self._newest is self._taken or not self._recorder.is_ours:
             return
-        state = view.state
-        if state is None:  # after a checkpoint from before the first update
+        if (state := view.state) is None:
             return
-        epoch, step, N = self._newest
+        row, N = self._newest.row(), self._newest.report.figures.N
         is_due = progress.n_steps // EXCESS_EVERY > self._n_steps // EXCESS_EVERY
         try:
             with full_float32(state.moments.weight):
                 entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
         except (MemoryError, RuntimeError) as error:  # no memory, or a decomposition that does not converge
-            self.note("snapshot", f"No snapshot could be taken at step {step}: {text_of(error)}. Training goes on.")
+            self.note("snapshot", f"No snapshot could be taken at step {row.step}: {text_of(error)}. Training goes on.")
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
-        self._recorder.write_snapshot({"step": step, "epoch": epoch, **entry})
+        self._recorder.write_snapshot({"step": row.step, "epoch": row.epoch, **entry})
 
-    def flush(self) -> None:
-        """Completes all files."""
+    def flush(self, view: View) -> None:
+        """Completes all files, with a snapshot if one is due."""
+        self.take_snapshot(view, flushes=True)
         self.settle()
         self._recorder.flush()
 
     def close(self, state_dict: Callable[[], Mapping[str, Any]]) -> None:
-        """Completes and closes all files; what `state_dict` returns is left there if they have had a row."""
+        """Completes and closes all files; if a row was written, also writes what `state_dict` returns."""
         self.settle()
         self._recorder.close(last=state_dict() if self._extra and self._recorder.is_ours else None)
 
@@ -129,21 +123,24 @@ class Journal:
             self.note("ignored", text)
 
     def say(self) -> None:
-        """Gives the warnings that were kept to the caller of a public method of the estimator."""
+        """Warns the caller of the estimator's method of all that was noted."""
         while self._notes:
             warn_caller(self._notes.pop(0))
 
     def _write(self, logged: Logged) -> None:
         row, figures = logged.row(), logged.report.figures
         self._recorder.write(row)
-        if self._extra and figures.pi and not self._watch.has_seen(figures):
-            if logged.resumes:
-                log, extra, snapshots = self._recorder.read()
-                excesses = {(entry["epoch"], entry["step"]): entry.get("excess", math.nan) for entry in snapshots}
-                self._watch.replay(readings_before((row.epoch, row.step), log, extra, excesses), D=logged.report.D)
-                self._axes = snapshots[-1].get("axes") if snapshots else None
-            self._watch.see(row.step, figures, D=logged.report.D)
-            self._newest = row.epoch, row.step, figures.N
+        if not (self._extra and figures.pi) or logged is self._newest:  # it comes again after an interrupt
+            return
+        if logged.resumes:
+            rows, snapshots = self._recorder.read(before=(row.epoch, row.step))
+            self._watch.replay(rows, snapshots, D=logged.report.D)
+            self._axes = snapshots[-1].get("axes") if snapshots else None
+        shared = {"step": row.step, "trace_B": row.trace_B, "opnorm_B": row.opnorm_B}
+        alarms = self._watch.see(figures.extra | shared, D=logged.report.D)
+        self._newest = logged
+        for alarm in alarms:
+            self._watch.tell(alarm)
 
     def _check(self, report: Report) -> None:
         at = " at an update that was not logged" if report.step is None else f" at step {report.step}"
@@ -153,11 +150,11 @@ class Journal:
 
 
 def _row(step: int, epoch: int, report: Report, R: Tensor | None, *, resumes: bool) -> Row:
-    figures = report.figures
-    extra: tuple[float, ...] | None = None
+    figures, extra = report.figures, None
     if figures.pi:
-        values = figures.extra.values()
-        extra = tuple(chain.from_iterable(value if isinstance(value, tuple) else (value,) for value in values))
+        values: Iterable[Any] = figures.extra.values()
+        *scalars, pi, n, rel = values
+        extra = (*scalars, *pi, *n, *rel)
     return Row(step, epoch, report.K, *figures[:4], R=R, resumes=resumes, extra=extra)
 
 

@@ -1,6 +1,6 @@
 """`mixture_extra.csv`: further figures of each logged step, with three columns per component."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixture_torch.files.disk import set_aside
-from mixture_torch.files.log import Lines, RowsFile, read_lines, read_table
+from mixture_torch.files.log import Lines, Position, RowsFile, read_lines, read_table
 
 EXTRA_FILE = "mixture_extra.csv"
 INTEGERS = ("step", "epoch", "n_rows", "n_ignored", "n_relocated")
@@ -31,7 +31,7 @@ class ExtraFile(RowsFile):
         self.begin()
 
     def begin(self) -> None:
-        """Lets the next row tell K."""
+        """Lets the next row decide K."""
         self._header = b""  # until then, an empty file stays empty
         self._warned = False
 
@@ -40,10 +40,10 @@ class ExtraFile(RowsFile):
         return read_lines(self.path, extra_header(K_of(self.path)))
 
     def open_for(self, K: int) -> bool:
-        """Opens the file for a row of K components, and returns whether it is open with this K.
+        """Opens the file and returns true, or returns false if it is open with another K.
 
-        The first row tells K, and moves a file with another K aside as a whole. Later rows of another K are of another
-        estimator: if they moved the file too, there would be a new one at each step.
+        The first row decides K; a file with another K is set aside as a whole. A later row of another K comes from
+        another estimator: if it set the file aside too, each step would begin a new one.
         """
         header = extra_header(K) + b"\n"
         if not self._header:
@@ -53,7 +53,7 @@ class ExtraFile(RowsFile):
             self.open()
         elif not self._warned:
             self._warned = True
-            self._say(f"`{self.path}` has rows of another K; rows of K={K} are left out.")
+            self._say(f"`{self.path}` has rows of another K, so rows of K={K} are left out; use another `log_dir`.")
         return header == self._header
 
     def look(self) -> int:
@@ -62,27 +62,24 @@ class ExtraFile(RowsFile):
         if header and self._header and header != self._header.split():
             aside = self.unused()
             set_aside(self.path, aside)
-            self._say(
-                f"`{self.path}` has the columns of another K; it was moved to `{aside.name}`, a new one is begun."
-            )
+            self._say(f"`{self.path}` has the columns of another K; it was moved to `{aside.name}`.")
         return super().look()
 
 
 def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
-    """Returns `mixture_extra.csv` as one array per column, with one element per step; `pi`, `n`, `rel` are (steps, K).
+    """Returns `mixture_extra.csv`, with `pi`, `n` and `rel` as (steps, K) arrays; otherwise see `read_log`.
 
-    A last row without a newline, as after a crash, is left out. Reading changes no file and may be done while the
-    run still writes.
-
-    Args:
-        log_dir: The run folder, as given to the estimator.
-
-    Returns:
-        `step`, `epoch`, `n_rows`, `n_ignored` and `n_relocated` as int64, all others as float64.
-
-    Raises:
-        FileNotFoundError: The folder has no `mixture_extra.csv`.
-        ValueError: The file is another program's, or a row has too few or too many numbers.
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mixture_torch import MixtureStats, read_extra
+        >>> folder = tempfile.mkdtemp()
+        >>> with MixtureStats(K=2, enabled=True, log_dir=folder) as estimator:
+        ...     for step in range(3):
+        ...         _ = estimator.update(torch.randn(64, 8))
+        ...         estimator.log_step(step=step, epoch=0)
+        >>> read_extra(folder)["n"].sum(axis=1)  # rows of each step
+        array([64., 64., 64.])
     """
     path = Path(log_dir) / EXTRA_FILE
     if not path.exists():
@@ -92,9 +89,20 @@ def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
     return read_table(path, extra_header(K), [*single, *((name, np.float64, (K,)) for name in PER_COMPONENT)])
 
 
+def joined(log: Mapping[str, Any], extra: Mapping[str, Any], *, before: Position) -> Iterator[dict[str, Any]]:
+    """Yields the rows before an (epoch, step) that both files have, each with the columns of both."""
+    log, extra = ({name: column.tolist() for name, column in columns.items()} for columns in (log, extra))
+    places = {place: n for n, place in enumerate(zip(log["epoch"], log["step"], strict=True))}
+    for values in zip(*extra.values(), strict=True):
+        row = dict(zip(extra, values, strict=True))
+        place = row["epoch"], row["step"]
+        if place < before and place in places:
+            yield {name: column[places[place]] for name, column in log.items()} | row
+
+
 def K_of(path: Path) -> int:
-    """Returns for how many components a file has columns; 1 if that cannot be told, as from a torn header."""
+    """Returns the K for which a file has columns; 1 if its header does not say, because it is torn."""
     if not path.is_file():
         return 1
-    with open(path, "rb") as file:  # beside those of the components, one column begins with p
+    with open(path, "rb") as file:  # apart from pi_k, one column begins with p
         return max(file.readline().count(b",p") - 1, 1)

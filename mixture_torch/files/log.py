@@ -4,29 +4,52 @@ Rows that a resumed run logs again, and torn rows, are moved to `mixture.superse
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from mixture_torch.files.disk import GrowingFile, superseded, write_atomically
 
 LOG_FILE = "mixture.csv"
-COLUMNS = {
-    "step": np.int64,
-    "epoch": np.int64,
-    "K": np.int64,
-    "pi_min": np.float64,
-    "pi_max": np.float64,
-    "trace_B": np.float64,
-    "opnorm_B": np.float64,
-}
+FIGURES = ("pi_min", "pi_max", "trace_B", "opnorm_B")
+COLUMNS = dict.fromkeys(("step", "epoch", "K"), np.int64) | dict.fromkeys(FIGURES, np.float64)
 HEADER = ",".join(COLUMNS).encode("ascii")
 
+Mode = Literal["append", "per_step"]
 Position = tuple[int, int]  # (epoch, step)
 NOWHERE = (-1, -1)  # before all others
+
+
+@dataclass(eq=False)
+class Row:
+    """A logged step with all its numbers, and how much of it has been written."""
+
+    step: int
+    epoch: int
+    K: int
+    pi_min: float
+    pi_max: float
+    trace_B: float
+    opnorm_B: float
+    R: Tensor | None = None  # (N, K) responsibilities to store; None once they are
+    resumes: bool = False  # whether earlier rows at this (epoch, step) or later are still to be superseded
+    extra: tuple[float, ...] | None = None  # its row of `mixture_extra.csv` after step and epoch; None for no row
+    # What follows is for the run folder.
+    scores_mode: Mode | None = None
+    kept_bytes: int = 0  # of a copy of R
+    ends: dict[GrowingFile, int] = field(default_factory=dict)  # where files ended before the row
+    number: int = 0  # N of the `superseded-N` files for what it replaces; 0 before they are begun
+    moved: int = 0  # entries of responsibilities in these files
+
+    def lacks(self, file: GrowingFile) -> bool:
+        """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""
+        before = self.ends[file] = min(self.ends.get(file, file.end), file.end)
+        return file.end == before
 
 
 class Lines(NamedTuple):
@@ -40,10 +63,7 @@ class Lines(NamedTuple):
 class RowsFile(GrowingFile):
     """Appends rows, which begin with step and epoch, to a CSV file, with the line ends that it has.
 
-    Args:
-        path: The file.
-        header: The names of the columns, with commas.
-        say: Called with each warning.
+    `header` holds the names of the columns, with commas.
     """
 
     def __init__(self, path: Path, header: bytes, *, say: Callable[[str], None]) -> None:

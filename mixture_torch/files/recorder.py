@@ -5,17 +5,14 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from mixture_torch.files.extra import read_extra
-from mixture_torch.files.log import read_log
-from mixture_torch.files.row import Mode, Row
+from mixture_torch.files.extra import joined, read_extra
+from mixture_torch.files.log import Mode, Position, Row, read_log
 from mixture_torch.files.run_folder import RunFolder
 from mixture_torch.files.snapshots import Snapshot, read_snapshots
 
@@ -29,12 +26,13 @@ class Recorder:
         log_dir: The run folder. None writes nothing.
         scores_mode: How responsibilities are stored; None if they are not.
         writes: Returns whether this process writes. It is called once, at the first row.
-        strict: Whether to raise what the disk reports.
-
-    Raises:
-        TypeError: `log_dir` is no path.
-        ValueError: `log_dir` is empty.
+        strict: Whether to raise an OSError if something cannot be written. In any case it is kept, and later calls try
+            again to write it.
     """
+
+    # Of the process. One lock for all folders: with two, threads that collect garbage could wait for each other.
+    _turn = threading.RLock()
+    _folders: ClassVar[weakref.WeakValueDictionary[str, RunFolder]] = weakref.WeakValueDictionary()
 
     def __init__(
         self,
@@ -60,7 +58,14 @@ class Recorder:
     @staticmethod
     def turn() -> threading.RLock:
         """Returns the lock that all estimators of this process take for their files."""
-        return _Shared.turn
+        return Recorder._turn
+
+    @staticmethod
+    def begin_anew() -> None:
+        """In a forked child, leaves the folders to the parent, and the lock to the thread that may have it there."""
+        for folder in list(Recorder._folders.values()):
+            folder.lock.drop()
+        Recorder._turn, Recorder._folders = threading.RLock(), weakref.WeakValueDictionary()
 
     @property
     def is_ours(self) -> bool:
@@ -75,44 +80,35 @@ class Recorder:
         """
         if self._log_dir is None or not self._writes():
             return False
-        with _Shared.turn:
+        with self._turn:
             if self._folder is None or not self.is_ours:
                 place = os.path.realpath(self._log_dir)  # the same, whatever path leads there
-                self._folder = _Shared.folders.setdefault(place, RunFolder(self._log_dir))
+                self._folder = self._folders.setdefault(place, RunFolder(self._log_dir))
                 self._opened_by = os.getpid()
             self._folder.join(self._user, self.scores_mode)
         return True
 
     def write(self, row: Row) -> None:
-        """Writes a row, once even if it is given twice. If the disk refuses it, it is kept and later calls try again.
-
-        Raises:
-            OSError: Something could not be written and `strict` is set. It is kept.
-        """
+        """Writes a row, once even if it is given twice."""
         self._do(lambda folder: folder.write(row, self.scores_mode, strict=self._strict))
 
     def write_snapshot(self, entry: Mapping[str, Any]) -> None:
-        """Writes a snapshot after the rows so far, if this recorder has written any since `close`; at most 16 are kept.
+        """Writes a snapshot after the rows so far, if there were any since `close`; at most 16 wait for the disk.
 
-        Args:
-            entry: Int `step` and `epoch`, numbers and dense tensors.
-
-        Raises:
-            OSError: Something could not be written and `strict` is set. It is kept.
+        `entry` has `step` and `epoch`, ints, and any numbers and dense tensors.
         """
         self._do(lambda folder: folder.write_snapshot(entry, self._user, strict=self._strict))
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Any], list[Snapshot]]:
-        """Returns the rows of both files, by column, and the snapshots; nothing if a file cannot be read."""
+    def read(self, *, before: Position) -> tuple[Iterable[dict[str, Any]], list[Snapshot]]:
+        """Returns the rows before an (epoch, step), by column, and the snapshots; nothing if a file is unreadable."""
         assert self._log_dir is not None
-        nothing = {"epoch": np.empty(0), "step": np.empty(0)}
         try:
-            rows = read_log(self._log_dir), read_extra(self._log_dir)
-        except (OSError, ValueError):  # a fault of the disk, which `write` has told
-            return nothing, nothing, []
+            rows = joined(read_log(self._log_dir), read_extra(self._log_dir), before=before)
+        except (OSError, ValueError):  # a fault of the disk, of which `write` has warned
+            return (), []
         with suppress(FileNotFoundError):
-            return *rows, read_snapshots(self._log_dir)
-        return *rows, []
+            return rows, read_snapshots(self._log_dir)
+        return rows, []
 
     def flush(self) -> None:
         """Makes all files complete."""
@@ -130,29 +126,15 @@ class Recorder:
 
     def _do(self, action: Callable[[RunFolder], None]) -> None:
         """Does something with the folder, unless it was never opened or is the parent's, and warns of its news."""
-        with _Shared.turn:
+        with self._turn:
             if (folder := self._folder) is not None and self.is_ours:
                 action(folder)
                 while folder.news and not folder.is_busy:
                     warn_caller(folder.news.pop(0))
 
 
-class _Shared:
-    """What the estimators of a process share."""
-
-    turn = threading.RLock()  # one for all folders: with two, threads that collect garbage could wait for each other
-    folders: ClassVar[weakref.WeakValueDictionary[str, RunFolder]] = weakref.WeakValueDictionary()
-
-    @classmethod
-    def begin_anew(cls) -> None:
-        """In a forked child, leaves the folders to the parent, and `turn` to the thread that may have it there."""
-        for folder in list(cls.folders.values()):
-            folder.lock.drop()
-        cls.turn, cls.folders = threading.RLock(), weakref.WeakValueDictionary()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Shared.begin_anew)
+    os.register_at_fork(after_in_child=Recorder.begin_anew)
 
 
 def warn_caller(text: str) -> None:

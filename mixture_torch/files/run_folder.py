@@ -1,8 +1,8 @@
 """The run folder: its lock, the order of its rows, and retries after disk faults.
 
-A row or snapshot is kept in memory until it is in the folder, and each call tries all that are kept, in order. A row
-goes to `mixture.csv` last, so what is there has its responsibilities and its row in `mixture_extra.csv`. A call during
-another call, from a signal handler or a garbage collection, only queues its request; the outer call carries it out.
+A row or snapshot waits in memory until it is in the folder, and each call tries to write all that wait, in order. A row
+goes to `mixture.csv` last: if it is there, so are its responsibilities and its row of `mixture_extra.csv`. A call
+during another call, from a signal handler or garbage collection, only queues its request for the outer call.
 """
 
 from collections import deque
@@ -18,14 +18,13 @@ from torch import Tensor
 from mixture_torch.files.disk import superseded
 from mixture_torch.files.extra import EXTRA_FILE, ExtraFile
 from mixture_torch.files.lock import FolderLock
-from mixture_torch.files.log import COLUMNS, HEADER, LOG_FILE, RowsFile
-from mixture_torch.files.row import Mode, Row
+from mixture_torch.files.log import HEADER, LOG_FILE, Mode, Row, RowsFile
 from mixture_torch.files.scores import SCORES_FILE, ScoresFile
-from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, load_entry, save, score_entry
-from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot, snapshot_entry
+from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, copied, load_entry, save, score_entry
+from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot
 
 MOST_KEPT = 2**30  # bytes of responsibilities: a full disk must not take the memory of the run
-MOST_SNAPSHOTS = 16  # that wait
+MOST_SNAPSHOTS = 16  # that wait; older ones are dropped
 
 
 class RunFolder:
@@ -76,7 +75,7 @@ class RunFolder:
     def write_snapshot(self, entry: Mapping[str, Any], user: object, *, strict: bool) -> None:
         """Writes a snapshot after all that wait, if the folder is open for this user."""
         if user in self._users:
-            self._waiting.append(snapshot_entry(entry))
+            self._waiting.append(copied(entry))
             kept = [item for item in self._waiting if not isinstance(item, Row)]
             if len(kept) > MOST_SNAPSHOTS and not self.is_busy:
                 self._waiting.remove(kept[0])
@@ -162,7 +161,7 @@ class RunFolder:
             self._extra.append_row(row.step, row.epoch, *row.extra)
         if row.lacks(self._log):
             self._check_order(row)
-            self._log.append_row(*(getattr(row, name) for name in COLUMNS))
+            self._log.append_row(row.step, row.epoch, row.K, row.pi_min, row.pi_max, row.trace_B, row.opnorm_B)
 
     def _write_scores(self, row: Row, R: Tensor) -> None:
         if row.scores_mode == "per_step":
@@ -178,7 +177,7 @@ class RunFolder:
         """Moves what was recorded at or after a row to files of their own; may be called again after a fault."""
         position = row.epoch, row.step
         if self._extra.path.exists():
-            self._extra.open()  # a torn row takes a number of its own
+            self._extra.open()  # sets a torn row aside first, under a number of its own
         row.number = row.number or next(n for n in count(1) if not self._superseded(n))
         steps = self._log.steps_from(position)
         row.moved += self._shards.supersede(position, row.number, steps=steps)
@@ -227,9 +226,8 @@ class RunFolder:
             raise
         finally:
             if not self._users:
-                self._scores.close()
-                self._extra.close()
-                self._log.close()
+                for file in (self._scores, self._extra, self._log):
+                    file.close()
                 self.lock.release()
 
     def _keep_responsibilities(self) -> None:

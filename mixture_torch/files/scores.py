@@ -25,12 +25,7 @@ SCORES_FILE = "mixture_scores.pt"
 
 
 class ScoresFile(GrowingFile):
-    """Appends entries to `mixture_scores.pt`, at a cost that does not depend on how many came before.
-
-    Args:
-        path: The file.
-        say: Called with each warning.
-    """
+    """Appends entries to `mixture_scores.pt`, at a cost that does not depend on how many came before."""
 
     def __init__(self, path: Path, *, say: Callable[[str], None]) -> None:
         super().__init__(path, header=HEADER, say=say)

@@ -44,9 +44,9 @@ class ShardFolder:
         self._warned = False
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Writes one entry, in place of another one of the same step, which warns once.
+        """Writes one entry; the first time that it replaces another one of the same step, it warns.
 
-        Raises ValueError if the file in its place is no entry, which is then left as it is.
+        Raises ValueError, and changes nothing, if the existing file is no entry.
         """
         path, data = self.path / SHARD_NAME.format(entry["step"]), saved(entry)
         replaces = path.exists()
@@ -80,9 +80,14 @@ class ShardFolder:
 
 
 def score_entry(step: int, epoch: int, R: Tensor) -> ScoreEntry:
-    """Returns the entry of a step, with a copy of R: torch.save would save all of what R is a view of."""
-    own = R.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-    return {"step": step, "epoch": epoch, "responsibilities": own}
+    """Returns the entry of a step."""
+    return cast(ScoreEntry, copied({"step": step, "epoch": epoch, "responsibilities": R.to(torch.float32)}))
+
+
+def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an entry with copies of its tensors on the CPU: torch.save would save all of what one is a view of."""
+    own = {name: value.detach().to("cpu") for name, value in entry.items() if isinstance(value, Tensor)}
+    return {**entry, **{name: value.clone(memory_format=torch.contiguous_format) for name, value in own.items()}}
 
 
 def load_entry(path: Path) -> ScoreEntry:

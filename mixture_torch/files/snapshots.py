@@ -1,10 +1,8 @@
 """`mixture_snapshots/step_000123.pt`: the mixture at one step, and figures too large for a row of the log."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from mixture_torch.files.shards import SHARD_PATTERN, is_count, load_checked, readable
@@ -15,34 +13,33 @@ LAST_FILE = "mixture_last.pt"  # the state_dict that was given to the last `clos
 Snapshot = dict[str, Any]  # int `step` and `epoch`; numbers, and tensors on the CPU
 
 
-def snapshot_entry(entry: Mapping[str, Any]) -> Snapshot:
-    """Returns an entry with copies of its tensors: torch.save would save all of what one is a view of."""
-    return {
-        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in entry.items()
-    }
-
-
 def load_snapshot(path: Path) -> Snapshot:
     """Returns the snapshot in a file; raises ValueError if it holds anything else, or is damaged."""
     return cast(Snapshot, load_checked(path, _is_snapshot, expected="a snapshot of a mixture"))
 
 
 def read_snapshots(log_dir: str | Path) -> list[Snapshot]:
-    """Returns the snapshots in a run folder, in the order of their epochs and steps.
+    """Returns the snapshots in a run folder, sorted by epoch and step: dicts of ints, floats and CPU tensors.
 
     Damaged files are left out with a warning. Reading changes no file and may be done while the run still writes.
 
     Args:
         log_dir: The run folder, as given to the estimator.
 
-    Returns:
-        Dicts with `step` and `epoch` (int), numbers, and CPU tensors.
-
     Raises:
         FileNotFoundError: The folder has no snapshots.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mixture_torch import MixtureStats, read_snapshots
+        >>> folder = tempfile.mkdtemp()
+        >>> with MixtureStats(K=2, enabled=True, log_dir=folder) as estimator:
+        ...     _ = estimator.update(torch.randn(64, 8))
+        ...     estimator.log_step(step=0, epoch=0)
+        ...     estimator.flush()
+        >>> read_snapshots(folder)[0]["spectrum_T"].shape
+        torch.Size([8])
     """
     paths = list((Path(log_dir) / SNAPSHOT_FOLDER).glob(SHARD_PATTERN))
     if not paths:

@@ -31,7 +31,7 @@ class Report:
 
     @classmethod
     def of(cls, stats: Mapping[str, Tensor], *, extra: bool) -> "Report":
-        """Returns the report of what an update returned, on its way; `extra` is as in `numbers_of`."""
+        """Sends the figures of what an update returned to the host; `extra` is as in `numbers_of`."""
         K, D = stats.moments.mean.shape if isinstance(stats, StepStats) else (len(stats["pi"]), 0)
         report = cls(numbers_of(stats, extra=extra), K=K, D=D)
         report.add_pairs(getattr(stats, "pairs", None))
@@ -65,7 +65,7 @@ class Report:
 
     @cached_property
     def figures(self) -> Figures:
-        """The figures of the step, which must be here."""
+        """The figures of the step; call `wait` before."""
         return Figures.of(self._numbers, self._pairs)
 
 

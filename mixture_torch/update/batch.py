@@ -31,10 +31,10 @@ class Batch(NamedTuple):
     n_rows: int | Tensor  # rows of all ranks that count
     everyone: Tensor  # (M, D) the rows of all ranks if means have to be seeded from them, otherwise x
     doubts: tuple[Doubt, ...] = ()
-    sizes: tuple[int, ...] = ()  # of the parts of x that have rows n and n + size / 2 as views of a sample; if any
+    sizes: tuple[int, ...] = ()  # of the ranks' parts of x if rows n and n + size / 2 of each are views of one sample
 
     def by_view(self, values: Tensor) -> Tensor:
-        """Returns the first views of all samples, and then the second ones, of a tensor with a row for each of x."""
+        """Returns the rows of a tensor in another order: the first views of all samples, then all second views."""
         if len(self.sizes) == 1:
             return values
         parts = [part.tensor_split(2) for part in values.split_with_sizes(self.sizes)]

@@ -117,10 +117,8 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
             raise _differs(key, state_dict[key], wanted[key])
     K, rows, came = config.K, SEEDING_ROWS * config.K, _count(state_dict, "D")
     updated, started = _count(state_dict, "updated", at_most=1), _count(state_dict, "started", at_most=1)
-    n_waiting, n_steps = (
-        _count(state_dict, "n_waiting", at_most=rows - 1),
-        0 if version < 3 else _count(state_dict, "n_steps"),
-    )
+    n_waiting = _count(state_dict, "n_waiting", at_most=rows - 1)
+    n_steps = 0 if version < 3 else _count(state_dict, "n_steps")
     if D is not None and came != D and (updated or came):
         raise _differs("D", came, D)
     shapes: dict[str, tuple[int, ...]] = {
@@ -148,9 +146,8 @@ def from_state_dict(config: MixtureConfig, state_dict: Mapping[str, Any], *, D: 
     moments = Moments(weight=weight, mean=mean, covariance=covariance)
     residual = tensors.get("residual", torch.zeros_like(mean))
     state = LowerState(MixtureState(config=config, moments=moments, residual=residual))
-    pairs = None
-    if version >= 4 and tensors["n_pairs"] > 0:
-        pairs = Pairs(weight=tensors["n_pairs"], V=tensors["V"], squares=tensors["squares"])
+    has_pairs = version >= 4 and bool(tensors["n_pairs"] > 0)
+    pairs = Pairs(weight=tensors["n_pairs"], V=tensors["V"], squares=tensors["squares"]) if has_pairs else None
     return Progress(state, None if started else waiting[:n_waiting].clone(), n_steps, pairs)
 
 

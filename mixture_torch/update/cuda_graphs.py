@@ -21,7 +21,7 @@ Replayed: TypeAlias = tuple[LowerState, Source, Report]  # the outcome of a step
 
 
 class _Results:
-    """The results of one replay, in the graph's memory until one is read, as `Memory` does before that is reused."""
+    """The results of one replay. They stay in the graph's memory until one is read or `Memory` is about to reuse it."""
 
     def __init__(self, memory: Tensor, covariance: Tensor, *, N: int) -> None:
         self._memory = memory  # float32: the number of ignored rows as the halves of an int64, weight, mean, R
@@ -130,7 +130,7 @@ class Graphs:
         if N not in self._inputs:
             self._inputs[N] = (torch.empty_like(x), None if labels is None else torch.empty_like(labels))
         x, labels = self._inputs[N]
-        n_numbers = 9 + 3 * self._config.K if self._extra else 7
+        n_numbers = 10 + 3 * self._config.K if self._extra else 7
         numbers = torch.empty(n_numbers, dtype=torch.float32, device="cpu", pin_memory=True)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # thread_local: other threads, such as those that pin memory for data loaders, go on meanwhile

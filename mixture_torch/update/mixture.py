@@ -1,12 +1,14 @@
 """The mixture that an estimator keeps from update to update, on one rank or on several."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map  # torch has no public pytree module
 
 import mixture_core
-from mixture_core.pairs import Pairs
+from mixture_core.pairs import Pairs, accumulate, from_sums, none, pair_sums, repeated
 from mixture_core.relocate import move
 from mixture_core.sharded import Total, advance_share
 from mixture_core.step import advance
@@ -16,11 +18,12 @@ from mixture_torch.update.batch import Batch, exchange, ignored, receive
 from mixture_torch.update.checkpoint import LowerState, Progress, to_device
 from mixture_torch.update.cuda_graphs import Graphs
 from mixture_torch.update.figures import Rows
-from mixture_torch.update.pairs import is_due, pairs_after
 from mixture_torch.update.precision import full_float32, outside_transforms, unwrapped
 from mixture_torch.update.ranks import is_out_of_memory, other_ranks, text_of, together
 from mixture_torch.update.seeding import FirstWindow, seed, size_note
 from mixture_torch.update.stats import Memory, Source, StepStats, is_idle, results_of
+
+PAIRS_EVERY = 10  # steps: to observe pairs takes nearly as long as a step
 
 
 class Updated(NamedTuple):
@@ -142,19 +145,12 @@ class Mixture:
 
     def _take(self, batch: Batch, so_far: StepStats | None, total: Total | None) -> Updated:
         """Computes the step and makes it the estimator's."""
-        state, waiting = self.progress.state, self.progress.waiting
         early = [] if so_far is None else self._early
-        if state is None or waiting is not None:
-            outcome = self._seed(early, batch, total)
-        else:
-            outcome = self._go_on(state, batch, so_far, total)
+        state = self.progress.state if self.progress.waiting is None else None
+        outcome = self._seed(early, batch, total) if state is None else self._go_on(state, batch, so_far, total)
         if self._config.strict and (n_ignored := int(outcome.results["n_ignored"])):
             raise ValueError(f"`strict` is set, but {ignored(n_ignored, int(batch.n_rows))}.")
-        pairs, n = self.progress.pairs, self.progress.n_steps + (so_far is None or not self._is_counted)
-        if batch.sizes and not outcome.is_idle and outcome.waiting is None and is_due(self._core, n):
-            R, m, keeps = outcome.results["R"], outcome.state.moments, _continues(so_far)
-            pairs = pairs_after(self._core, pairs, batch, R, m, keeps=keeps, n=n, total=total)
-        outcome = outcome._replace(pairs=pairs)
+        outcome = outcome._replace(pairs=self._pairs(outcome, batch, so_far, total))
         updated = self._commit(outcome, so_far, batch.n_rows)
         self._early = []
         if outcome.waiting is not None:  # copied, since the caller may overwrite the batch before the step's next part
@@ -197,11 +193,24 @@ class Mixture:
         self, state: LowerState, batch: Batch, continues: bool | Tensor, total: Total | None
     ) -> tuple[LowerState, Source]:
         work = self._memory.lend(state.moments.covariance, N=batch.x.shape[0])
-        if total is None:
-            new, stats = advance(state, batch.x, batch.labels, continues=continues, work=work)
-        else:
-            new, stats = advance_share(state, batch.x, batch.labels, total=total, continues=continues, work=work)
+        core_step = advance if total is None else partial(advance_share, total=total)
+        new, stats = core_step(state, batch.x, batch.labels, continues=continues, work=work)
         return LowerState(new), results_of(stats)
+
+    def _pairs(self, outcome: _Outcome, batch: Batch, so_far: StepStats | None, total: Total | None) -> Pairs | None:
+        """Returns the statistics of pairs of views after the step, the same on all ranks."""
+        earlier, moments, config = self.progress.pairs, outcome.state.moments, self._core
+        number = self.progress.n_steps + (so_far is None or not self._is_counted)  # of the step, from 1
+        gap = PAIRS_EVERY if number > PAIRS_EVERY and config.averages else 1
+        if not batch.sizes or outcome.is_idle or outcome.waiting is not None or number % gap:
+            return earlier
+        sums = pair_sums(batch.by_view(batch.x), batch.by_view(outcome.results["R"]), moments)
+        own = from_sums(sums if total is None else total(sums), K=config.K)
+        before = tree_map(lambda tensor: tensor.to(sums.device), earlier or none(K=config.K, D=len(own.V)))
+        decay = config.ema_decay if config.averages else 0.0
+        # A batch without a usable pair decays nothing: on a GPU, the host cannot tell it from an idle one.
+        factor = torch.where((own.weight == 0) | _continues(so_far), 1.0, decay**gap)
+        return accumulate(before, repeated(own, steps=gap, decay=decay), decay=factor.to(sums.dtype))
 
     def _skip(self, embeddings: Any, so_far: StepStats | None, error: Exception) -> Updated | None:
         """Returns the outcome of a batch without usable rows: an instrument must not end the run that it watches."""
@@ -244,7 +253,7 @@ class Mixture:
 
 
 def _continues(so_far: StepStats | None) -> bool | Tensor:
-    """Whether a batch continues a step whose weights have decayed: until a row was usable, none has."""
+    """Whether earlier weights have decayed in this step already, as they do at its first usable row."""
     if so_far is None:
         return False
     usable = so_far.rows.n_ignored + so_far.n_ignored < so_far.rows.N

@@ -11,8 +11,8 @@ from mixture_core.null import excess
 from mixture_core.pairs import Pairs, alignment, lidar
 from mixture_core.readings import alpha_req, effective_rank, nc1, rankme, share_B
 
-WIDE = 1024  # of wider embeddings, only the spectrum of T is computed: each further reading takes as long again
-MOST_WORK = 2e10  # multiplications of the null: more would hold up the training for more than about a second
+WIDE = 1024  # if D is larger, only the spectrum of T is computed: each further reading takes as long again
+MOST_WORK = 2e10  # multiplications for the null, which take about a second
 SHADOWS, STEPS = 2, 60
 EXCESS_EVERY = 100  # steps between two computations of the excess
 
@@ -22,16 +22,17 @@ def snapshot(
 ) -> dict[str, Any]:
     """Returns the entries of a snapshot by name, tensors and floats; a float that was not computed is nan.
 
-    weight, (K,); axes, (2, D), the two leading directions of B, turned towards `before`; on these axes the means about
-    the mean of all, plane_mean (K, 2), and plane_covariance (K, 2, 2); trace_Sigma, (K,); spectrum_T, (D,), and
-    spectrum_B, (min(K, D),), the largest first; share_B, effective_rank, rankme, alpha_req, nc1 and excess; and, with
-    pairs of views, alignment, lidar and standard_errors, (K + 2,).
+    - weight and trace_Sigma, (K,); spectrum_T, (D,), and spectrum_B, (min(K, D),), the largest first.
+    - axes, (2, D): the two leading directions of B, turned within their plane towards `before`. Projected onto them:
+      plane_mean, (K, 2), relative to the mean of all, and plane_covariance, (K, 2, 2).
+    - share_B, effective_rank, rankme, alpha_req, nc1 and excess.
+    - With pairs of views: alignment, lidar and standard_errors, (K + 2,).
 
     Args:
         state: The mixture.
-        pairs: Statistics of pairs of views; None without.
+        pairs: Statistics of pairs of views; None if there were none.
         N: Rows per step, for the excess.
-        before: Axes of the snapshot before; None for the first.
+        before: Axes of the previous snapshot; None for the first.
         with_excess: Whether to compute the excess, if that is not too much work.
     """
     m = state.moments
@@ -60,7 +61,7 @@ def snapshot(
 
 
 def _turned(axes: Tensor, before: Tensor | None) -> Tensor:
-    """The same plane with the axes nearest to those before (Schoenemann, "orthogonal Procrustes problem", 1966)."""
+    """The axes of the same plane nearest to those before (Schoenemann, "orthogonal Procrustes problem", 1966)."""
     if before is None or before.shape != axes.shape:
         return axes
     left, _, right = torch.linalg.svd(before.to(axes) @ axes.mT)

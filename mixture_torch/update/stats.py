@@ -15,7 +15,8 @@ from mixture_core import Moments
 from mixture_core.absorb_cpu import Workspace, complete_
 from mixture_core.pairs import Pairs
 from mixture_core.pytrees import pytree
-from mixture_torch.update.figures import Figures, Rows, numbers_of, pair_numbers
+from mixture_torch.update.arrivals import Report
+from mixture_torch.update.figures import Figures, Rows
 from mixture_torch.update.precision import full_float32
 
 SLACK = 4  # memory for rows is replaced if it is more than this many times too long
@@ -59,7 +60,7 @@ class ExactMoments(Moments):
 
     @property
     def lower(self) -> Moments:
-        """These moments, without a copy if there is none yet: only the lower triangles are then defined."""
+        """These moments, not copied if nobody has read them; then only the lower triangles are defined."""
         if "covariance" in self.__dict__ or "_source" not in self.__dict__:
             return self
         return Moments(**{name: self._source[name] for name in ("weight", "mean", "covariance")})
@@ -145,17 +146,15 @@ class StepStats(_Fields):
         return _own(lambda: torch.zeros((), dtype=torch.int64, device=self._source["n_ignored"].device))
 
     def scalars(self) -> dict[str, float]:
-        """Returns the figures of the log as floats; those of component k are `pi_k`, `n_k` and `rel_k`.
+        """Returns the figures of `mixture.csv` and `mixture_extra.csv` as floats, by the names of their columns.
 
-        They are those of `mixture.csv` and `mixture_extra.csv`: a step without usable rows has nan. On a GPU the host
-        waits for them.
+        In a step without usable rows they are nan. On a GPU, the host waits for them.
         """
         with full_float32(self.R):
-            pairs = getattr(self, "pairs", None)
-            numbers = numbers_of(self, extra=True)
-            figures = Figures.of(numbers, None if pairs is None else pair_numbers(pairs))
-        named: dict[str, float] = {name: getattr(figures, name) for name in ("pi_min", "pi_max", "trace_B", "opnorm_B")}
-        for name, value in figures.extra.items():
+            report = Report.of(self, extra=True)
+            report.wait()
+        named: dict[str, float] = dict(zip(Figures._fields[:4], report.figures[:4], strict=True))
+        for name, value in report.figures.extra.items():
             named |= {f"{name}_{k}": v for k, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
         return named
 
@@ -226,11 +225,9 @@ class Memory:
 
 def results_of(stats: mixture_core.StepStats) -> Source:
     """Returns the results of a step by name."""
-    m, R, counts = stats.moments, stats.R, stats.counts
-    return {
-        "weight": m.weight, "mean": m.mean, "covariance": m.covariance, "R": R, "n_ignored": stats.n_ignored,
-        "counts": counts,
-    }  # fmt: skip
+    m = stats.moments
+    results = {"weight": m.weight, "mean": m.mean, "covariance": m.covariance}
+    return results | {"R": stats.R, "n_ignored": stats.n_ignored, "counts": stats.counts}
 
 
 def is_idle(results: Source, n_rows: int | Tensor) -> bool:

@@ -177,7 +177,7 @@ def test_comparison_begins_anew_if_K_changes() -> None:
 
 def test_alarm_is_one_line() -> None:
     alarm = Alarm(kind="composition", component=3, step=61, since=60, figures={"pi": 0.25, "deviation": -7.123})
-    assert str(alarm) == "composition (component 3) since step 60: pi 0.25, deviation -7.12"
+    assert str(alarm) == "composition (component 3) changed at step 60: pi 0.25, deviation -7.12"
     alarm = Alarm(kind="collapse", component=None, step=61, since=42, figures={"trace_T": 0.0123})
     assert str(alarm) == "collapse since step 42: trace_T 0.0123"
 

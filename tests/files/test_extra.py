@@ -71,8 +71,7 @@ def test_file_of_another_K_is_moved_as_a_whole_with_one_warning(tmp_path: Path, 
     (tmp_path / NAME).write_bytes(before)
     (tmp_path / "mixture_extra.superseded-1.csv").write_bytes(b"earlier")
     assert log(tmp_path, 5, 6) == [
-        f"`{tmp_path / NAME}` has the columns of another K; it was moved to `mixture_extra.superseded-2.csv`, "
-        "a new one is begun."
+        f"`{tmp_path / NAME}` has the columns of another K; it was moved to `mixture_extra.superseded-2.csv`."
     ]
     assert (tmp_path / "mixture_extra.superseded-2.csv").read_bytes() == before
     assert (tmp_path / NAME).read_bytes() == header() + lines(5, 6)
@@ -87,7 +86,9 @@ def test_two_users_of_different_K_do_not_move_the_file_at_each_step(tmp_path: Pa
             other.log(step + 1)
         one.close()
         other.close()
-    assert messages[1:] == [f"`{tmp_path / NAME}` has rows of another K; rows of K=3 are left out."]
+    assert messages[1:] == [
+        f"`{tmp_path / NAME}` has rows of another K, so rows of K=3 are left out; use another `log_dir`."
+    ]
     assert (tmp_path / NAME).read_bytes() == header() + lines(0, 2)
     assert read_log(tmp_path)["step"].tolist() == [0, 1, 2, 3]
     with said() as messages:

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from mixture_torch import MixtureStats, read_log, read_scores
-from mixture_torch.files import recorder as recorders
 from mixture_torch.files.recorder import Recorder, Row
 from mixture_torch.journal import Logged
 from mixture_torch.update.arrivals import Arrivals, Report
@@ -231,7 +230,7 @@ def test_signal_handler_at_any_line_of_log_step_loses_and_doubles_nothing(
             with suppress(KeyboardInterrupt):
                 wrapper.log_step(step=2, epoch=0)
             sys.settrace(None)
-            assert not recorders._Shared.turn._is_owned()  # type: ignore[attr-defined]  # else the next thread would hang
+            assert not Recorder._turn._is_owned()  # type: ignore[attr-defined]  # else the next thread would hang
             wrapper.close()
         assert messages == []
         is_there = method != "interrupt" or not handled or len(read_log(tmp_path / str(line))["step"]) == 3
