@@ -194,7 +194,7 @@ def more_figures(moments: Moments, *, with_ratio: bool) -> Tensor:
     """Returns `figures`, tr T, |L|_F, |diag L|, tr Sigma_k for each k, and pi, (7 + 2 K,).
 
     L is the lower triangle of T / tr T, so that 1 / (2 |L|_F^2 - |diag L|^2) is the participation ratio. The norms
-    are nan unless `with_ratio` is set, for they need all covariances, of which lower triangles alone are read.
+    are nan unless `with_ratio` is set, because they need all of the covariances' lower triangles. No upper one is read.
     """
     pi, covariance = moments.pi, moments.covariance
     factor, within = _between_factor(pi, moments.mean), _trace(covariance)

@@ -12,7 +12,7 @@ from mixture_core.moments import figures, more_figures
 from mixture_core.pairs import Pairs, alignment
 
 SHAPES = {"pi": ("K",), "B": ("D", "D"), "R": ("N", "K"), "trace_B": (), "opnorm_B": ()}  # of what a row needs
-LARGE = 2**20  # numbers in the covariances: to read more of them at each step would cost a host 6 % of it
+LARGE = 2**20  # numbers in the covariances: to read more of them at each step takes a host 6 % of the step
 
 
 class Rows(NamedTuple):
@@ -82,7 +82,7 @@ def numbers_of(stats: Mapping[str, Tensor], *, extra: bool) -> Tensor:
 
     On a CPU, the participation ratio of large covariances is computed at every tenth step and is nan at the others.
     """
-    if not isinstance(stats, StepStats):  # made by hand, or gone through a dict
+    if not isinstance(stats, StepStats):  # a mapping of the user's own
         logged = _figures_of(stats)
         ignored = (stats["R"].sum(dim=1) == 0).sum() if "R" in stats else logged.new_zeros((), dtype=torch.int64)
         return torch.cat([logged, _counts(ignored, len(stats["R"]) if "R" in stats else 1, None, like=logged)])
@@ -103,7 +103,7 @@ def pair_numbers(pairs: Pairs) -> Tensor:
 
 
 def _counts(n_ignored: Tensor, N: int | Tensor, n_relocated: Tensor | None, *, like: Tensor) -> Tensor:
-    # Never from the host's memory to a GPU's, for which somebody would have to wait.
+    # Never from the host's memory to a GPU's, since the host would wait.
     n_rows = N if isinstance(N, Tensor) else n_ignored.new_full((), N)
     moved = torch.zeros_like(n_ignored) if n_relocated is None else n_relocated
     return torch.stack([n_ignored, n_rows, moved]).to(like.dtype)
