@@ -12,6 +12,7 @@ from mixture_core.pytrees import pytree
 from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
+LARGEST = 1e38  # of `squares`, fourth powers of the embeddings: a far row must not leave infinities in the window
 
 
 @pytree
@@ -99,7 +100,7 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
 def from_sums(sums: Tensor, *, K: int) -> Pairs:
     """Returns the statistics of a batch whose `pair_sums` these are."""
     n, influence, squares, outer = sums.split_with_sizes([1, K + 2, K + 2, len(sums) - 2 * K - 5])
-    centred = (squares - safe_divide(influence.square(), n)).clamp(min=0.0)
+    centred = (squares - influence * safe_divide(influence, n)).clamp(min=0.0)
     D = math.isqrt(len(outer))
     return Pairs(weight=n[0], V=safe_divide(outer, 2 * n).view(D, D), squares=centred * safe_divide(n, n - 1))
 
@@ -108,7 +109,8 @@ def accumulate(pairs: Pairs, batch: Pairs, *, decay: float | Tensor) -> Pairs:
     """Returns the statistics of earlier pairs, decayed, and of a batch together."""
     weight = pairs.weight * decay + batch.weight
     V = torch.lerp(pairs.V, batch.V, safe_divide(batch.weight, weight))
-    return Pairs(weight=weight, V=V, squares=pairs.squares * decay**2 + batch.squares)
+    squares = (pairs.squares * decay**2 + batch.squares).nan_to_num(LARGEST).clamp(max=LARGEST)
+    return Pairs(weight=weight, V=V, squares=squares)
 
 
 def alignment(pairs: Pairs) -> Tensor:

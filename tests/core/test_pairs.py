@@ -98,3 +98,13 @@ def test_lidar_of_fewer_pairs_than_dimensions_is_finite_at_any_scale() -> None:
         state, stats = step(init(MixtureConfig(K=2), x), x)
         seen = pairs.observe(pairs.none(K=2, D=64), x, stats.R, stats.moments, decay=0.9)
         assert 1 <= float(pairs.lidar(state.moments, seen)) <= 64
+
+
+def test_far_rows_leave_standard_errors_that_are_finite_for_ever() -> None:
+    x = gaussians(0, N=64, D=8, K=K)[0]
+    state, seen = init(MixtureConfig(K=K), x), pairs.none(K=K, D=8)
+    for scale in (1.0, 1e12, 1.0):
+        rows = torch.cat([scale * x[:1], x[1:]])
+        state, stats = step(state, rows)
+        seen = pairs.observe(seen, rows, stats.R, stats.moments, decay=0.95)
+    assert seen.squares.isfinite().all()
