@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mixture_torch.files.disk import GrowingFile
@@ -35,3 +36,9 @@ class Row:
         """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""
         before = self.ends[file] = min(self.ends.get(file, file.end), file.end)
         return file.end == before
+
+    def keep(self, R: Tensor) -> int:
+        """Copies the responsibilities, as their owner may change them, and returns the bytes of the copy."""
+        self.R = R.detach().to("cpu", torch.float32, copy=True)
+        self.kept_bytes = self.R.nbytes
+        return self.kept_bytes
