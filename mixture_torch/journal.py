@@ -49,7 +49,7 @@ class Journal:
         self._newest: tuple[int, int, int] | None = None  # epoch, step and number of rows of the last row
         self._taken: tuple[int, int, int] | None = None  # the same at the last snapshot
         self._axes: Tensor | None = None  # of the last snapshot
-        self._n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
+        self._n_steps = 0  # at the last snapshot or, if the folder has none, of the checkpoint that was loaded
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
 
     def resume(self, n_steps: int) -> None:
@@ -73,8 +73,8 @@ class Journal:
             R = report.send(responsibilities_of(stats)) if stores else None
             row = cache(partial(_row, step, epoch, report, R, resumes=self._resumes))
             self.rows.expect(report, Logged(row, report, self._resumes))
-        self._resumes = False
-        self.settle(but=1)
+        resumes, self._resumes = self._resumes, False
+        self.settle(but=0 if resumes else 1)  # it reads when the last snapshot was taken
 
     def settle(self, *, but: int = 0) -> None:
         """Writes rows and checks updates, without waiting for the latest `but` of either."""
@@ -86,7 +86,9 @@ class Journal:
     def take(self, view: View, *, flushes: bool) -> None:
         """Writes a snapshot of an estimator's mixture if one is due and there has been a row since the last one."""
         every, progress = view.config.snapshot_every, view._mixture.progress
-        if flushes != (every is None) or progress.n_steps == 0 or progress.n_steps % (every or 1):
+        if flushes != (every is None) or progress.n_steps == 0:
+            return
+        if every is not None and progress.n_steps // every == self._n_steps // every:  # not each step may be logged
             return
         self.settle()
         if self._newest is None or self._newest is self._taken or not self._recorder.is_ours:
@@ -104,7 +106,7 @@ class Journal:
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
-        self._recorder.write_snapshot({"step": step, "epoch": epoch, **entry})
+        self._recorder.write_snapshot({"step": step, "epoch": epoch, "n_steps": progress.n_steps, **entry})
 
     def flush(self) -> None:
         """Completes all files."""
@@ -141,7 +143,8 @@ class Journal:
                 log, extra, snapshots = self._recorder.read()
                 excesses = {(entry["epoch"], entry["step"]): entry.get("excess", math.nan) for entry in snapshots}
                 self._watch.replay(readings_before((row.epoch, row.step), log, extra, excesses), D=logged.report.D)
-                self._axes = snapshots[-1].get("axes") if snapshots else None
+                last = snapshots[-1] if snapshots else {}
+                self._axes, self._n_steps = last.get("axes"), last.get("n_steps", self._n_steps)
             self._watch.see(row.step, figures, D=logged.report.D)
             self._newest = row.epoch, row.step, figures.N
 

@@ -199,3 +199,27 @@ def test_loaded_state_is_no_snapshot_of_the_row_before(tmp_path: Path) -> None:
     wrapper.load_state_dict(state_dict)
     wrapper.flush()
     assert not (tmp_path / "mixture_snapshots").exists()
+
+
+def test_snapshots_come_even_if_not_each_step_is_logged(tmp_path: Path) -> None:
+    with estimator(log_dir=tmp_path, snapshot_every=10) as wrapper:
+        for step in range(31):
+            wrapper.update(mixture(seed=step)[0])
+            if step % 5 == 0:
+                wrapper.log_step(step=step, epoch=0)
+    assert [entry["step"] for entry in read_snapshots(tmp_path)] == [10, 20, 30]
+
+
+def test_resumed_run_has_the_snapshots_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    def run(folder: Path, steps: range, state_dict: dict[str, Any] | None = None) -> dict[str, Any]:
+        with estimator(log_dir=folder, snapshot_every=30) as wrapper:
+            if state_dict is not None:
+                wrapper.load_state_dict(state_dict)
+            for step in steps:
+                wrapper.update(mixture(seed=step)[0])
+                wrapper.log_step(step=step, epoch=0)
+            return wrapper.state_dict()
+
+    run(tmp_path / "whole", range(125))
+    run(tmp_path / "resumed", range(110, 125), run(tmp_path / "resumed", range(110)))
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
