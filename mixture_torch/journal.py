@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mixture_torch.files.recorder import Recorder, Row, warn_caller
+from mixture_torch.files.snapshots import LAST_FILE
 from mixture_torch.update.arrivals import Arrivals, Report
 from mixture_torch.update.batch import ignored, settle
 from mixture_torch.update.figures import check_loggable, responsibilities_of
@@ -93,16 +94,18 @@ class Journal:
         self.settle()
         if self._newest is None or self._newest is self._taken or not self._recorder.is_ours:
             return
-        state = view.state
-        if state is None:  # after a checkpoint from before the first update
-            return
         epoch, step, N = self._newest
         is_due = progress.n_steps // EXCESS_EVERY > self._n_steps // EXCESS_EVERY
         try:
+            if (state := view.state) is None:  # after a checkpoint from before the first update
+                return
             with full_float32(state.moments.weight):
                 entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
         except (MemoryError, RuntimeError) as error:  # no memory, or a decomposition that does not converge
-            self.note("snapshot", f"No snapshot could be taken at step {step}: {text_of(error)}. Training goes on.")
+            self.note(
+                "snapshot",
+                f"No snapshot could be taken at step {step}: {text_of(error).rstrip('.')}. Training goes on.",
+            )
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
@@ -116,7 +119,12 @@ class Journal:
     def close(self, state_dict: Callable[[], Mapping[str, Any]]) -> None:
         """Completes and closes all files; what `state_dict` returns is left there if they have had a row."""
         self.settle()
-        self._recorder.close(last=state_dict() if self._extra and self._recorder.is_ours else None)
+        last: Mapping[str, Any] | None = None
+        try:
+            last = state_dict() if self._extra and self._recorder.is_ours else None
+        except (MemoryError, RuntimeError) as error:
+            self.note("last", f"`{LAST_FILE}` was not written: {text_of(error).rstrip('.')}.")
+        self._recorder.close(last=last)
 
     def note(self, kind: str, text: str) -> None:
         """Keeps a warning for `say`, unless there was one of its kind."""

@@ -223,3 +223,19 @@ def test_resumed_run_has_the_snapshots_of_an_uninterrupted_one(tmp_path: Path) -
     run(tmp_path / "whole", range(125))
     run(tmp_path / "resumed", range(110, 125), run(tmp_path / "resumed", range(110)))
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_copies_for_files_that_fit_no_memory_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    wrapper = estimator(log_dir=tmp_path)
+    wrapper.update(mixture()[0])
+    wrapper.log_step(step=0, epoch=0)
+    monkeypatch.setattr("mixture_torch.views.completed", fail)
+    with pytest.warns(UserWarning, match="No snapshot could be taken at step 0: no memory"):
+        wrapper.flush()
+    monkeypatch.setattr("mixture_torch.views.to_state_dict", fail)
+    with pytest.warns(UserWarning, match=r"`mixture_last.pt` was not written: no memory"):
+        wrapper.close()
+    assert not (tmp_path / "mixture.lock").read_bytes()
