@@ -41,6 +41,10 @@ class Journal:
     """
 
     def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
+        if on_alarm is not None and not callable(on_alarm):
+            raise TypeError(f"`on_alarm` must be a function of an alarm, or None, got {on_alarm!r}.")
+        if on_alarm is not None and not extra:
+            raise ValueError("`extra` must be true with `on_alarm`, since alarms rest on these figures, got False.")
         self._recorder, self._notes, self._extra = recorder, notes, extra
         self._reports: Arrivals[Report] = Arrivals(recorder.turn)
         self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
@@ -102,10 +106,8 @@ class Journal:
             with full_float32(state.moments.weight):
                 entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
         except (MemoryError, RuntimeError) as error:  # no memory, or a decomposition that does not converge
-            self.note(
-                "snapshot",
-                f"No snapshot could be taken at step {step}: {text_of(error).rstrip('.')}. Training goes on.",
-            )
+            why = text_of(error).rstrip(".")
+            self.note("snapshot", f"No snapshot could be taken at step {step}: {why}. Training goes on.")
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
@@ -153,8 +155,8 @@ class Journal:
                 self._watch.replay(readings_before((row.epoch, row.step), log, extra, excesses), D=logged.report.D)
                 last = snapshots[-1] if snapshots else {}
                 self._axes, self._n_steps = last.get("axes"), last.get("n_steps", self._n_steps)
+            self._newest = row.epoch, row.step, figures.N  # before `on_alarm`, which may load a checkpoint
             self._watch.see(row.step, figures, D=logged.report.D)
-            self._newest = row.epoch, row.step, figures.N
 
     def _check(self, report: Report) -> None:
         at = " at an update that was not logged" if report.step is None else f" at step {report.step}"

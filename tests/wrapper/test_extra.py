@@ -94,6 +94,23 @@ def test_alarms_need_a_folder() -> None:
         estimator(on_alarm=print)
 
 
+def test_function_for_alarms_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`on_alarm` must be a function of an alarm, or None, got 'x'"):
+        estimator(log_dir=tmp_path, on_alarm="x")
+    with pytest.raises(ValueError, match="`extra` must be true with `on_alarm`"):
+        estimator(log_dir=tmp_path, on_alarm=print, extra=False)
+
+
+def test_function_for_alarms_may_load_a_checkpoint(tmp_path: Path) -> None:
+    wrapper = estimator(K=4, log_dir=tmp_path, on_alarm=lambda _: wrapper.load_state_dict(state_dict))
+    wrapper.update(views(0))
+    state_dict = wrapper.state_dict()
+    lose_a_cluster(wrapper, GONE + 2)
+    assert not wrapper.stats  # it was called at the last row
+    wrapper.flush()
+    assert not (tmp_path / "mixture_snapshots").exists()
+
+
 def test_extra_row_holds_the_readings_of_the_step(tmp_path: Path) -> None:
     with estimator(K=4, log_dir=tmp_path) as wrapper:
         for step in range(3):
