@@ -110,7 +110,7 @@ class Recorder:
             rows = read_log(self._log_dir), read_extra(self._log_dir)
         except (OSError, ValueError):  # a fault of the disk, which `write` has told
             return nothing, nothing, []
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             return *rows, read_snapshots(self._log_dir)
         return *rows, []
 

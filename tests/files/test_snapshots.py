@@ -1,5 +1,6 @@
 """Snapshots and the last mixture: what is in their files, what a resumed run sets aside, and a disk that fails."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,18 @@ def test_snapshot_that_cannot_be_written_holds_up_no_rows(tmp_path: Path, in_the
     foreign.unlink()
     one.close()
     assert found(tmp_path) == [(0, step, 1.0) for step in range(3)]
+
+
+def test_resumed_run_goes_on_without_snapshots_that_it_may_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one := Writer(tmp_path)).K = 2
+    one.log(0)
+    one.write_snapshot(snapshot(0))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    log, extra, snapshots = one.read()
+    assert (log["step"].tolist(), extra["step"].tolist(), snapshots) == ([0], [0], [])
