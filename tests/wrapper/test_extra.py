@@ -171,6 +171,14 @@ def test_snapshots_come_at_each_flush_or_every_so_many_steps(tmp_path: Path) -> 
     assert all((a["axes"] * b["axes"]).sum() > 1.5 for a, b in itertools.pairwise(entries))
 
 
+def test_one_component_has_no_excess_that_could_raise_an_alarm(tmp_path: Path) -> None:
+    with estimator(K=1, log_dir=tmp_path, snapshot_every=100) as wrapper:
+        for step in range(100):
+            wrapper.update(mixture(seed=step)[0])
+            wrapper.log_step(step=step, epoch=0)
+    assert math.isnan(read_snapshots(tmp_path)[0]["excess"])
+
+
 def test_last_mixture_is_left_in_the_folder(tmp_path: Path) -> None:
     with estimator(log_dir=tmp_path) as wrapper:
         wrapper.update(mixture()[0])
