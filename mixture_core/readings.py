@@ -175,8 +175,8 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
     """Returns the log-density of each row under the mixture, (N,), in nats.
 
     Each Sigma_k is replaced by (1 - shrinkage) Sigma_k + shrinkage W, with W = sum_k pi_k Sigma_k, the pooled
-    covariance, since a component with fewer rows than dimensions has no density of its own. 1e-6 |W|_F is added to the
-    variance in each direction, since W has no density either if the rows lie in a subspace.
+    covariance, since a component with fewer rows than dimensions has no density of its own. 1e-6 of the result's
+    Frobenius norm is added to the variance in each direction, since W has none either if the rows lie in a subspace.
 
     Raises:
         TypeError: `x` is neither a tensor nor an array.
@@ -189,9 +189,9 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
     m, D = _exact(moments), moments.mean.shape[-1]
     rows = as_embeddings(x, D=D, name="x").double()
     pooled = (m.pi[..., None, None] * m.covariance).sum(dim=-3, keepdim=True)
-    least = NOISE * pooled.square().sum(dim=(-2, -1), keepdim=True).sqrt() + torch.finfo(torch.float32).tiny
-    ridge = least * torch.eye(D, dtype=rows.dtype, device=rows.device)
-    factor = torch.linalg.cholesky(torch.lerp(m.covariance, pooled, shrinkage) + ridge)
+    shrunk = torch.lerp(m.covariance, pooled, shrinkage)
+    least = NOISE * torch.linalg.matrix_norm(shrunk, keepdim=True) + torch.finfo(torch.float32).tiny
+    factor = torch.linalg.cholesky(shrunk + least * torch.eye(D, dtype=rows.dtype, device=rows.device))
     away = (rows[..., None, :, :] - m.mean[..., :, None, :]).mT  # (K, D, N)
     squares = torch.linalg.solve_triangular(factor, away, upper=False).square().sum(dim=-2)
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
