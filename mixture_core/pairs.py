@@ -12,6 +12,7 @@ from mixture_core.pytrees import pytree
 from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
+ROUNDING = 1e-12  # of the largest eigenvalue, that Cholesky's decomposition needs beside it
 LARGEST = 1e38  # of `squares`, fourth powers of the embeddings: a far row must not leave infinities in the window
 
 
@@ -136,10 +137,13 @@ def lidar(moments: Moments, pairs: Pairs) -> Tensor:
     """
     V, T, n = pairs.V.double(), total(moments).double(), pairs.weight.double()[..., None, None]
     between = (T - V / 2) * safe_divide(n, n - 1)
-    # Not by Cholesky: of fewer pairs than dimensions, rounding may leave V with eigenvalues far below 0.
-    size, vectors = torch.linalg.eigh(V)
-    root = vectors * (size.clamp(min=0.0) + RIDGE).rsqrt()[..., None, :]
-    whitened = root.mT @ between @ root
+    # Of fewer pairs than dimensions, rounding leaves V with eigenvalues on both sides of 0: all are raised to one side
+    # of it, alike. No eigenvectors, whose gradients are infinite if eigenvalues are equal.
+    size = torch.linalg.eigvalsh(V.detach())
+    least = RIDGE + (-2 * size[..., :1]).clamp(min=0.0) + ROUNDING * size[..., -1:].clamp(min=0.0)
+    factor = torch.linalg.cholesky(V + torch.diag_embed(least.expand_as(size)))
+    half = torch.linalg.solve_triangular(factor, between, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     eigenvalues = torch.linalg.eigvalsh((whitened + whitened.mT) / 2).clamp(min=0.0)
     shares = safe_divide(eigenvalues, eigenvalues.sum(dim=-1, keepdim=True)) + EPSILON
     return _exp_entropy(shares).to(moments.mean.dtype)

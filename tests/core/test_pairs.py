@@ -108,3 +108,14 @@ def test_far_rows_leave_standard_errors_that_are_finite_for_ever() -> None:
         state, stats = step(state, rows)
         seen = pairs.observe(seen, rows, stats.R, stats.moments, decay=0.95)
     assert seen.squares.isfinite().all()
+
+
+@pytest.mark.parametrize("V", [torch.zeros(6, 6), torch.eye(6), torch.ones(6, 6)])
+def test_lidar_has_finite_gradients_if_eigenvalues_are_equal(V: Tensor) -> None:
+    x = gaussians(0, N=64, D=6, K=K)[0]
+    moments = step(init(MixtureConfig(K=K), x), x)[1].moments
+
+    def reading(V: Tensor) -> Tensor:
+        return pairs.lidar(moments, pairs.Pairs(weight=torch.tensor(32.0), V=V, squares=torch.zeros(K + 2)))
+
+    assert torch.func.grad(reading)(V).isfinite().all()
