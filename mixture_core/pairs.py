@@ -9,7 +9,7 @@ from torch import Tensor
 from mixture_core.inputs import as_embeddings
 from mixture_core.moments import Moments, _trace, safe_divide
 from mixture_core.pytrees import pytree
-from mixture_core.readings import EPSILON, _exp_entropy, share_B, total, trace_T
+from mixture_core.readings import EPSILON, _exp_entropy, _safe_sqrt, share_B, total, trace_T
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
 ROUNDING = 1e-12  # of the largest eigenvalue, that Cholesky's decomposition needs beside it
@@ -49,7 +49,7 @@ class Pairs:
         lower bounds, since they ignore that other samples would have moved the border. In a constant window of n pairs
         per step they are sqrt(v (1 - decay) / (1 + decay)), v being the variance of one step's mean.
         """
-        return self.squares.sqrt() / self.weight[..., None]
+        return _safe_sqrt(self.squares) / self.weight[..., None]
 
 
 def none(*, K: int, D: int) -> Pairs:
@@ -89,8 +89,10 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
     x = as_embeddings(x, D=moments.mean.shape[-1], name="x")
     if x.shape[0] % 2 or R.shape[0] != x.shape[0]:
         raise ValueError(f"`x` and `R` must have the same, even number of rows, got {x.shape[0]} and {R.shape[0]}.")
+    is_usable = R.sum(dim=1) > 0
+    x = torch.where(is_usable[:, None], x, 0.0)  # NaN would reach the gradients
     first, second = x.tensor_split(2)
-    usable = torch.stack((R.sum(dim=1) > 0).tensor_split(2)).all(dim=0)
+    usable = torch.stack(is_usable.tensor_split(2)).all(dim=0)
     difference = torch.where(usable[:, None], first - second, 0.0)
     influence = torch.stack(_influence(x, R, moments).tensor_split(2)).mean(dim=0)
     influence = torch.where(usable[:, None], influence, 0.0)

@@ -119,3 +119,17 @@ def test_lidar_has_finite_gradients_if_eigenvalues_are_equal(V: Tensor) -> None:
         return pairs.lidar(moments, pairs.Pairs(weight=torch.tensor(32.0), V=V, squares=torch.zeros(K + 2)))
 
     assert torch.func.grad(reading)(V).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["a row is NaN", "one pair"])
+def test_gradients_are_finite(case: str) -> None:
+    x = gaussians(0, N=64, D=6, K=K)[0]
+    state = init(MixtureConfig(K=K), x)
+
+    def figures(x: Tensor) -> Tensor:
+        _, stats = step(state, x)
+        seen = pairs.observe(pairs.none(K=K, D=6), x, stats.R, stats.moments, decay=0.95)
+        return pairs.alignment(seen) + seen.standard_errors.sum()
+
+    rows = torch.cat([x[:1] * torch.nan, x[1:]]) if case == "a row is NaN" else x[:2]
+    assert torch.func.grad(figures)(rows).isfinite().all()
