@@ -77,7 +77,11 @@ def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: floa
 
     Hampel, "The influence curve and its role in robust estimation" (1974), for the variances.
     """
-    return accumulate(pairs, from_sums(pair_sums(x, R, moments), K=R.shape[1]), decay=decay)
+    K, D = moments.mean.shape
+    if pairs.squares.shape != (K + 2,) or pairs.V.shape != (D, D):
+        came = len(pairs.squares) - 2, len(pairs.V)
+        raise ValueError(f"`pairs` must have the K and D of `moments`, {(K, D)}, got {came}.")
+    return accumulate(pairs, from_sums(pair_sums(x, R, moments), K=K), decay=decay)
 
 
 def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
@@ -86,9 +90,12 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
     They are the number of pairs, their influences, the squares of these, and (z1 - z2)(z1 - z2)^T. Of the covariances,
     only the diagonals are read. Arguments and errors are those of `observe`.
     """
-    x = as_embeddings(x, D=moments.mean.shape[-1], name="x")
+    K, D = moments.mean.shape
+    x = as_embeddings(x, D=D, name="x")
     if x.shape[0] % 2 or R.shape[0] != x.shape[0]:
         raise ValueError(f"`x` and `R` must have the same, even number of rows, got {x.shape[0]} and {R.shape[0]}.")
+    if R.shape[1:] != (K,):
+        raise ValueError(f"`R` must have shape ({x.shape[0]}, {K}), as `moments` has K={K}, got {tuple(R.shape)}.")
     is_usable = R.sum(dim=1) > 0
     x = torch.where(is_usable[:, None], x, 0.0)  # NaN would reach the gradients
     first, second = x.tensor_split(2)
@@ -104,8 +111,9 @@ def from_sums(sums: Tensor, *, K: int) -> Pairs:
     """Returns the statistics of a batch whose `pair_sums` these are."""
     n, influence, squares, outer = sums.split_with_sizes([1, K + 2, K + 2, len(sums) - 2 * K - 5])
     centred = (squares - influence * safe_divide(influence, n)).clamp(min=0.0)
+    squares = torch.where(n > 1, centred * safe_divide(n, n - 1), squares)  # one pair has no variance of its own
     D = math.isqrt(len(outer))
-    return Pairs(weight=n[0], V=safe_divide(outer, 2 * n).view(D, D), squares=centred * safe_divide(n, n - 1))
+    return Pairs(weight=n[0], V=safe_divide(outer, 2 * n).view(D, D), squares=squares)
 
 
 def accumulate(pairs: Pairs, batch: Pairs, *, decay: float | Tensor) -> Pairs:

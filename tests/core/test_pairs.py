@@ -133,3 +133,26 @@ def test_gradients_are_finite(case: str) -> None:
 
     rows = torch.cat([x[:1] * torch.nan, x[1:]]) if case == "a row is NaN" else x[:2]
     assert torch.func.grad(figures)(rows).isfinite().all()
+
+
+def test_batches_of_one_pair_have_a_standard_error() -> None:
+    x = gaussians(0, N=2000, D=6, K=K)[0]
+    found = []
+    for size in (2, 40):
+        state, seen = init(MixtureConfig(K=K, ema_decay=1 - 1e-15), x), pairs.none(K=K, D=6)
+        for rows in x.split(size):
+            state, stats = step(state, rows)
+            seen = pairs.observe(seen, rows, stats.R, stats.moments, decay=1.0)
+        found.append(float(seen.standard_errors[K]))
+    assert 0.8 <= found[0] / found[1] <= 1.25
+
+
+def test_pairs_of_another_shape_are_refused() -> None:
+    x = gaussians(0, N=20, D=6, K=K)[0]
+    R = torch.eye(K)[torch.arange(20) % K]
+    moments = Moments(weight=torch.ones(K), mean=x[:K], covariance=torch.zeros(K, 6, 6))
+    with pytest.raises(ValueError, match=r"`R` must have shape \(20, 8\), as `moments` has K=8, got \(20, 2\)"):
+        pairs.observe(pairs.none(K=K, D=6), x, R[:, :2], moments, decay=0.9)
+    for K_, D in ((2, 6), (K, 1)):
+        with pytest.raises(ValueError, match=r"`pairs` must have the K and D of `moments`, \(8, 6\), got"):
+            pairs.observe(pairs.none(K=K_, D=D), x, R, moments, decay=0.9)
