@@ -80,12 +80,21 @@ def test_alarms_warn_once_for_each_kind_without_a_function(tmp_path: Path) -> No
     assert len([one for one in said if "Alarm: composition" in str(one.message)]) == 1
 
 
-def test_function_for_alarms_that_raises_ends_no_run(tmp_path: Path) -> None:
+class UnreadableError(Exception):
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(RuntimeError("no\nnetwork"), "RuntimeError: no network"), (UnreadableError(), "UnreadableError: Unr")],
+)
+def test_function_for_alarms_that_raises_ends_no_run(tmp_path: Path, error: Exception, text: str) -> None:
     def fail(alarm: Alarm) -> None:
-        raise RuntimeError("no network")
+        raise error
 
     wrapper = estimator(K=4, log_dir=tmp_path, on_alarm=fail)
-    with pytest.warns(UserWarning, match="`on_alarm` raised RuntimeError: no network"):
+    with pytest.warns(UserWarning, match=f"`on_alarm` raised {text}"):
         lose_a_cluster(wrapper, GONE + 3)
 
 
