@@ -9,9 +9,11 @@ from torch import Tensor
 from mixture_core.inputs import as_embeddings, looks
 from mixture_core.moments import Moments, _trace, safe_divide
 from mixture_core.pytrees import pytree
-from mixture_core.readings import EPSILON, _as, _exp_entropy, _shares, total
+from mixture_core.readings import EPSILON, _as, _exp_entropy, _safe_sqrt, _shares, total
 
 RIDGE = 1e-4  # LiDAR's delta, added to each variance within samples
+ROUNDING = 1e-12  # of the largest eigenvalue, that Cholesky's decomposition needs beside it
+LARGEST = 1e38  # of `squares`, fourth powers of the embeddings: a far row must not leave infinities in the window
 
 
 @pytree
@@ -47,7 +49,7 @@ class Pairs:
         they are lower bounds, because other samples would move the borders. If all steps have equally many pairs, they
         are sqrt(v (1 - decay) / (1 + decay)), with v the variance of one step's mean.
         """
-        return self.squares.sqrt() / self.weight[..., None]
+        return _safe_sqrt(self.squares) / self.weight[..., None]
 
 
 def none(*, K: int, D: int) -> Pairs:
@@ -75,7 +77,11 @@ def observe(pairs: Pairs, x: Tensor, R: Tensor, moments: Moments, *, decay: floa
 
     Hampel, "The influence curve and its role in robust estimation" (1974), for the variances.
     """
-    return accumulate(pairs, from_sums(pair_sums(x, R, moments), K=R.shape[1]), decay=decay)
+    K, D = moments.mean.shape
+    if pairs.squares.shape != (K + 2,) or pairs.V.shape != (D, D):
+        came = len(pairs.squares) - 2, len(pairs.V)
+        raise ValueError(f"`pairs` must have the K and D of `moments`, {(K, D)}, got {came}.")
+    return accumulate(pairs, from_sums(pair_sums(x, R, moments), K=K), decay=decay)
 
 
 def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
@@ -84,15 +90,22 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
     They are the number of pairs, their influences, the squares of the influences, and (z1 - z2)(z1 - z2)^T. Only the
     diagonals of the covariances are read. Arguments and errors are those of `observe`.
     """
-    x = as_embeddings(x, D=moments.mean.shape[-1], name="x")
+    K, D = moments.mean.shape
+    x = as_embeddings(x, D=D, name="x")
     if x.shape[0] % 2 or R.shape[0] != x.shape[0]:
         raise ValueError(f"`x` and `R` must have the same, even number of rows, got {x.shape[0]} and {R.shape[0]}.")
+    if R.shape[1:] != (K,):
+        raise ValueError(f"`R` must have shape ({x.shape[0]}, {K}), as `moments` has K={K}, got {tuple(R.shape)}.")
+    is_usable = R.sum(dim=1) > 0
+    are_all = looks(is_usable) and bool(is_usable.all())
+    if not are_all:
+        x = torch.where(is_usable[:, None], x, 0.0)  # NaN would reach the gradients
     first, second = x.tensor_split(2)
-    usable = torch.stack((R.sum(dim=1) > 0).tensor_split(2)).all(dim=0)
+    usable = torch.stack(is_usable.tensor_split(2)).all(dim=0)
     difference = first - second
     of_first, of_second = _influence(x, R, moments).tensor_split(2)
     influence = (of_first + of_second) / 2
-    if not (looks(usable) and usable.all()):
+    if not are_all:
         difference = torch.where(usable[:, None], difference, 0.0)
         influence = torch.where(usable[:, None], influence, 0.0)
     sums = [usable.sum()[None].to(x.dtype), influence.sum(dim=0), influence.square().sum(dim=0)]
@@ -102,16 +115,18 @@ def pair_sums(x: Tensor, R: Tensor, moments: Moments) -> Tensor:
 def from_sums(sums: Tensor, *, K: int) -> Pairs:
     """Returns the statistics of a batch, given its `pair_sums`."""
     n, influence, squares, outer = sums.split_with_sizes([1, K + 2, K + 2, len(sums) - 2 * K - 5])
-    centred = (squares - safe_divide(influence.square(), n)).clamp(min=0.0)
+    centred = (squares - influence * safe_divide(influence, n)).clamp(min=0.0)
+    squares = torch.where(n > 1, centred * safe_divide(n, n - 1), squares)  # one pair has no variance of its own
     D = math.isqrt(len(outer))
-    return Pairs(weight=n[0], V=safe_divide(outer, 2 * n).view(D, D), squares=centred * safe_divide(n, n - 1))
+    return Pairs(weight=n[0], V=safe_divide(outer, 2 * n).view(D, D), squares=squares)
 
 
 def accumulate(pairs: Pairs, batch: Pairs, *, decay: float | Tensor) -> Pairs:
     """Returns the statistics of the earlier pairs, decayed, together with those of a batch."""
     weight = pairs.weight * decay + batch.weight
     V = torch.lerp(pairs.V, batch.V, safe_divide(batch.weight, weight))
-    return Pairs(weight=weight, V=V, squares=pairs.squares * decay**2 + batch.squares)
+    squares = (pairs.squares * decay**2 + batch.squares).nan_to_num(LARGEST).clamp(max=LARGEST)
+    return Pairs(weight=weight, V=V, squares=squares)
 
 
 def repeated(batch: Pairs, *, steps: int, decay: float) -> Pairs:
@@ -143,10 +158,13 @@ def lidar(moments: Moments, pairs: Pairs) -> Tensor:
     """
     V, T, n = pairs.V.double(), total(moments).double(), pairs.weight.double()[..., None, None]
     between = (T - V / 2) * safe_divide(n, n - 1)
-    # Not by Cholesky: with fewer pairs than dimensions, rounding may make eigenvalues of V negative.
-    size, vectors = torch.linalg.eigh(V)
-    root = vectors * (size.clamp(min=0.0) + RIDGE).rsqrt()[..., None, :]
-    whitened = root.mT @ between @ root
+    # Of fewer pairs than dimensions, rounding leaves V with eigenvalues on both sides of 0: all are raised to one side
+    # of it, alike. No eigenvectors, whose gradients are infinite if eigenvalues are equal.
+    size = torch.linalg.eigvalsh(V.detach())
+    least = RIDGE + (-2 * size[..., :1]).clamp(min=0.0) + ROUNDING * size[..., -1:].clamp(min=0.0)
+    factor = torch.linalg.cholesky(V + torch.diag_embed(least.expand_as(size)))
+    half = torch.linalg.solve_triangular(factor, between, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     eigenvalues = torch.linalg.eigvalsh((whitened + whitened.mT) / 2).clamp(min=0.0)
     return _as(moments, _exp_entropy(_shares(eigenvalues) + EPSILON))
 

@@ -174,7 +174,7 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
 
     A component with fewer rows than dimensions has no density of its own, so each Sigma_k is replaced by
     (1 - shrinkage) Sigma_k + shrinkage W, with W = sum_k pi_k Sigma_k, the pooled covariance. If the rows lie in a
-    subspace, W has no density either, so 1e-6 |W|_F is added to the variance in each direction.
+    subspace, W has no density either, so 1e-6 of the Frobenius norm is added to the variance in each direction.
 
     Raises:
         TypeError: `x` is neither a tensor nor an array.
@@ -187,9 +187,9 @@ def log_likelihood(moments: Moments, x: Tensor, *, shrinkage: float = 0.1) -> Te
     m, D = _exact(moments), moments.mean.shape[-1]
     rows = as_embeddings(x, D=D, name="x").double()
     pooled = _within(m)[..., None, :, :]
-    least = NOISE * pooled.square().sum(dim=(-2, -1), keepdim=True).sqrt() + torch.finfo(torch.float32).tiny
-    ridge = least * torch.eye(D, dtype=rows.dtype, device=rows.device)
-    factor = torch.linalg.cholesky(torch.lerp(m.covariance, pooled, shrinkage) + ridge)
+    shrunk = torch.lerp(m.covariance, pooled, shrinkage)
+    least = NOISE * torch.linalg.matrix_norm(shrunk, keepdim=True) + torch.finfo(torch.float32).tiny
+    factor = torch.linalg.cholesky(shrunk + least * torch.eye(D, dtype=rows.dtype, device=rows.device))
     away = (rows[..., None, :, :] - m.mean[..., :, None, :]).mT  # (K, D, N)
     squares = torch.linalg.solve_triangular(factor, away, upper=False).square().sum(dim=-2)
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mixture_torch.files.recorder import Recorder, Row, warn_caller
+from mixture_torch.files.snapshots import LAST_FILE
 from mixture_torch.update.arrivals import Arrivals, Report
 from mixture_torch.update.batch import ignored, settle
 from mixture_torch.update.figures import check_loggable, responsibilities_of
@@ -38,6 +39,10 @@ class Journal:
     """
 
     def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
+        if on_alarm is not None and not callable(on_alarm):
+            raise TypeError(f"`on_alarm` must be a function of an alarm, or None, got {on_alarm!r}.")
+        if on_alarm is not None and not extra:
+            raise ValueError("`extra` must be true with `on_alarm`, since alarms rest on these figures, got False.")
         self._recorder, self._notes, self._extra = recorder, notes, extra
         self.reports: Arrivals[Report] = Arrivals(recorder.turn)  # of updates, whose batches are checked then
         self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
@@ -47,7 +52,7 @@ class Journal:
         self._newest: Logged | None = None  # the last row that was written
         self._taken: Logged | None = None  # the same at the last snapshot
         self._axes: Tensor | None = None  # of the last snapshot
-        self._n_steps = 0  # at the last snapshot, or of the checkpoint that was loaded
+        self._n_steps = 0  # at the last snapshot or, if the folder has none, of the checkpoint that was loaded
         weakref.finalize(owner, _finish, self.rows, recorder)  # if nobody calls `close`
 
     def resume(self, n_steps: int) -> None:
@@ -67,8 +72,8 @@ class Journal:
             R = report.send(responsibilities_of(stats)) if stores else None
             row = cache(partial(_row, step, epoch, report, R, resumes=self._resumes))
             self.rows.expect(report, Logged(row, report, self._resumes))
-        self._resumes = False
-        self.settle(but=1)
+        resumes, self._resumes = self._resumes, False
+        self.settle(but=0 if resumes else 1)  # it reads when the last snapshot was taken
 
     def settle(self, *, but: int = 0) -> None:
         """Writes rows and checks updates, without waiting for the latest `but` of either."""
@@ -80,24 +85,27 @@ class Journal:
     def take_snapshot(self, view: View, *, flushes: bool = False) -> None:
         """Writes a snapshot of an estimator's mixture if one is due and a row has been written since the last one."""
         every, progress = view.config.snapshot_every, view._mixture.progress
-        if flushes != (every is None) or progress.n_steps == 0 or progress.n_steps % (every or 1):
+        if flushes != (every is None) or progress.n_steps == 0:
+            return
+        if every is not None and progress.n_steps // every == self._n_steps // every:  # not each step may be logged
             return
         self.settle()
         if self._newest is None or self._newest is self._taken or not self._recorder.is_ours:
             return
-        if (state := view.state) is None:
-            return
         row, N = self._newest.row(), self._newest.report.figures.N
         is_due = progress.n_steps // EXCESS_EVERY > self._n_steps // EXCESS_EVERY
         try:
+            if (state := view.state) is None:  # after a checkpoint from before the first update
+                return
             with full_float32(state.moments.weight):
                 entry = snapshot(state, progress.pairs, N=N, before=self._axes, with_excess=is_due)
         except (MemoryError, RuntimeError) as error:  # no memory, or a decomposition that does not converge
-            self.note("snapshot", f"No snapshot could be taken at step {row.step}: {text_of(error)}. Training goes on.")
+            why = text_of(error).rstrip(".")
+            self.note("snapshot", f"No snapshot could be taken at step {row.step}: {why}. Training goes on.")
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
-        self._recorder.write_snapshot({"step": row.step, "epoch": row.epoch, **entry})
+        self._recorder.write_snapshot({"step": row.step, "epoch": row.epoch, "n_steps": progress.n_steps, **entry})
 
     def flush(self, view: View) -> None:
         """Completes all files, with a snapshot if one is due."""
@@ -108,7 +116,12 @@ class Journal:
     def close(self, state_dict: Callable[[], Mapping[str, Any]]) -> None:
         """Completes and closes all files; if a row was written, also writes what `state_dict` returns."""
         self.settle()
-        self._recorder.close(last=state_dict() if self._extra and self._recorder.is_ours else None)
+        last: Mapping[str, Any] | None = None
+        try:
+            last = state_dict() if self._extra and self._recorder.is_ours else None
+        except (MemoryError, RuntimeError) as error:
+            self.note("last", f"`{LAST_FILE}` was not written: {text_of(error).rstrip('.')}.")
+        self._recorder.close(last=last)
 
     def note(self, kind: str, text: str) -> None:
         """Keeps a warning for `say`, unless there was one of its kind."""
@@ -135,10 +148,11 @@ class Journal:
         if logged.resumes:
             rows, snapshots = self._recorder.read(before=(row.epoch, row.step))
             self._watch.replay(rows, snapshots, D=logged.report.D)
-            self._axes = snapshots[-1].get("axes") if snapshots else None
+            last = snapshots[-1] if snapshots else {}
+            self._axes, self._n_steps = last.get("axes"), last.get("n_steps", self._n_steps)
         shared = {"step": row.step, "trace_B": row.trace_B, "opnorm_B": row.opnorm_B}
         alarms = self._watch.see(figures.extra | shared, D=logged.report.D)
-        self._newest = logged
+        self._newest = logged  # before `on_alarm`, which may load a checkpoint
         for alarm in alarms:
             self._watch.tell(alarm)
 

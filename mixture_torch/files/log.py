@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from mixture_torch.files.disk import GrowingFile, superseded, write_atomically
@@ -50,6 +51,12 @@ class Row:
         """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""
         before = self.ends[file] = min(self.ends.get(file, file.end), file.end)
         return file.end == before
+
+    def keep(self, R: Tensor) -> int:
+        """Copies the responsibilities, as their owner may change them, and returns the bytes of the copy."""
+        self.R = R.detach().to("cpu", torch.float32, copy=True)
+        self.kept_bytes = self.R.nbytes
+        return self.kept_bytes
 
 
 class Lines(NamedTuple):

@@ -106,7 +106,7 @@ class Recorder:
             rows = joined(read_log(self._log_dir), read_extra(self._log_dir), before=before)
         except (OSError, ValueError):  # a fault of the disk, of which `write` has warned
             return (), []
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             return rows, read_snapshots(self._log_dir)
         return rows, []
 

@@ -12,7 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixture_torch.files.disk import superseded
@@ -137,17 +136,23 @@ class RunFolder:
         finally:
             self.is_busy = False
 
-    def _write_waiting(self) -> None:
-        while self._waiting:
-            item = self._waiting[0]
+    def _write_waiting(self, passed: int = 0) -> None:
+        while len(self._waiting) > passed:
+            item = self._waiting[passed]
             self._is_open = True
             self.lock.acquire()
             if isinstance(item, Row):
+                if passed and item.resumes:
+                    return
                 self._write_row(item)
                 self._written = item
             else:
-                self._snapshots.write(item)
-            self._waiting.popleft()
+                try:
+                    self._snapshots.write(item)
+                except (OSError, ValueError):  # it holds up no rows but one that supersedes it
+                    self._write_waiting(passed + 1)
+                    raise
+            del self._waiting[passed]
 
     def _write_row(self, row: Row) -> None:
         self._log.open()
@@ -235,14 +240,11 @@ class RunFolder:
         for row in (item for item in reversed(self._waiting) if isinstance(item, Row)):
             if row.R is None or row.kept_bytes:
                 break  # and so it is with all before it
-            size = row.R.numel() * torch.float32.itemsize
-            if self._kept_bytes + size > MOST_KEPT:
+            if self._kept_bytes + 4 * row.R.numel() > MOST_KEPT:
                 row.R = None
                 self._dropped += 1
             else:
-                row.R = row.R.detach().to("cpu", torch.float32, copy=True)
-                row.kept_bytes = size
-                self._kept_bytes += size
+                self._kept_bytes += row.keep(row.R)
 
     def _say_what_is_missing(self, for_good: bool) -> None:
         said, kept = [], "are kept in memory, and tried again at `log_step`, `flush` and `close`"

@@ -98,8 +98,9 @@ def numbers_of(stats: Mapping[str, Tensor], *, extra: bool) -> Tensor:
 
 
 def pair_numbers(pairs: Pairs) -> Tensor:
-    """Returns the standard error of trace_B and the alignment, (2,)."""
-    return torch.stack([pairs.standard_errors[-2], alignment(pairs)])
+    """Returns the standard error of trace_B and the alignment, (2,); nan before the first usable pair."""
+    figures = torch.stack([pairs.standard_errors[-2], alignment(pairs)])
+    return torch.where(pairs.weight > 0, figures, torch.nan)
 
 
 def _counts(n_ignored: Tensor, N: int | Tensor, n_relocated: Tensor | None, *, like: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class Ranks:
             raise ValueError(f"`embeddings` must have the same width D on every rank, {most}, got {D} on rank {rank}.")
         if odd := _odd(digests):
             raise ValueError(
-                "`update` must be called on every rank with the same `step`, options, state_dict and number of earlier "
-                f"updates, but one of these differs on rank {odd[0]}."
+                "`update` must be called on every rank with the same `step`, `views`, options, state_dict and number "
+                f"of earlier updates, but one of these differs on rank {odd[0]}."
             )
         return sizes
 

@@ -33,7 +33,7 @@ def snapshot(
         pairs: Statistics of pairs of views; None if there were none.
         N: Rows per step, for the excess.
         before: Axes of the previous snapshot; None for the first.
-        with_excess: Whether to compute the excess, if that is not too much work.
+        with_excess: Whether to compute the excess, if that is not too much work; of one component there is none.
     """
     m = state.moments
     K, D = m.mean.shape
@@ -52,7 +52,7 @@ def snapshot(
     if D <= WIDE:
         entry |= {"effective_rank": float(effective_rank(m)), "rankme": float(rankme(m)), "nc1": float(nc1(m))}
         entry |= {"alpha_req": float(alpha_req(m))} if D > 11 else {}
-    if with_excess and SHADOWS * STEPS * 2.0 * N * D * max(D, K) <= MOST_WORK:
+    if with_excess and K > 1 and SHADOWS * STEPS * 2.0 * N * D * max(D, K) <= MOST_WORK:
         entry["excess"] = float(excess(state, N, shadows=SHADOWS, steps=STEPS))
     if pairs is not None:
         entry |= {"alignment": float(alignment(pairs)), "standard_errors": pairs.standard_errors}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from mixture_core.alarms import Alarm, AlarmState, Reading, observe
+from mixture_torch.update.ranks import text_of
 
 OnAlarm: TypeAlias = Callable[[Alarm], object] | None
 
@@ -46,4 +47,4 @@ class Watch:
         try:
             self._on_alarm(alarm)
         except Exception as error:
-            self._note("on_alarm", f"`on_alarm` raised {type(error).__name__}: {error}. Training goes on.")
+            self._note("on_alarm", f"`on_alarm` raised {type(error).__name__}: {text_of(error)}. Training goes on.")

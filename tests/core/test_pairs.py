@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_core import MixtureConfig, MixtureState, batch_moments, init, kmeans_plusplus, lloyd, pairs, readings, step
+from mixture_core import (
+    MixtureConfig,
+    MixtureState,
+    Moments,
+    batch_moments,
+    init,
+    kmeans_plusplus,
+    lloyd,
+    pairs,
+    readings,
+    step,
+)
 from mixture_torch.app.demo import load_images, view
 from tests.core.common import gaussians, stack
 from tests.tolerances import FLOAT32, relative_error
@@ -105,3 +116,61 @@ def test_lidar_of_fewer_pairs_than_dimensions_is_finite_at_any_scale() -> None:
         state, stats = step(init(MixtureConfig(K=2), x), x)
         seen = pairs.observe(pairs.none(K=2, D=64), x, stats.R, stats.moments, decay=0.9)
         assert 1 <= float(pairs.lidar(state.moments, seen)) <= 64
+
+
+def test_far_rows_leave_standard_errors_that_are_finite_for_ever() -> None:
+    x = gaussians(0, N=64, D=8, K=K)[0]
+    state, seen = init(MixtureConfig(K=K), x), pairs.none(K=K, D=8)
+    for scale in (1.0, 1e12, 1.0):
+        rows = torch.cat([scale * x[:1], x[1:]])
+        state, stats = step(state, rows)
+        seen = pairs.observe(seen, rows, stats.R, stats.moments, decay=0.95)
+    assert seen.squares.isfinite().all()
+
+
+@pytest.mark.parametrize("V", [torch.zeros(6, 6), torch.eye(6), torch.ones(6, 6)])
+def test_lidar_has_finite_gradients_if_eigenvalues_are_equal(V: Tensor) -> None:
+    x = gaussians(0, N=64, D=6, K=K)[0]
+    moments = step(init(MixtureConfig(K=K), x), x)[1].moments
+
+    def reading(V: Tensor) -> Tensor:
+        return pairs.lidar(moments, pairs.Pairs(weight=torch.tensor(32.0), V=V, squares=torch.zeros(K + 2)))
+
+    assert torch.func.grad(reading)(V).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["a row is NaN", "one pair"])
+def test_gradients_are_finite(case: str) -> None:
+    x = gaussians(0, N=64, D=6, K=K)[0]
+    state = init(MixtureConfig(K=K), x)
+
+    def figures(x: Tensor) -> Tensor:
+        _, stats = step(state, x)
+        seen = pairs.observe(pairs.none(K=K, D=6), x, stats.R, stats.moments, decay=0.95)
+        return pairs.alignment(seen) + seen.standard_errors.sum()
+
+    rows = torch.cat([x[:1] * torch.nan, x[1:]]) if case == "a row is NaN" else x[:2]
+    assert torch.func.grad(figures)(rows).isfinite().all()
+
+
+def test_batches_of_one_pair_have_a_standard_error() -> None:
+    x = gaussians(0, N=2000, D=6, K=K)[0]
+    found = []
+    for size in (2, 40):
+        state, seen = init(MixtureConfig(K=K, ema_decay=1 - 1e-15), x), pairs.none(K=K, D=6)
+        for rows in x.split(size):
+            state, stats = step(state, rows)
+            seen = pairs.observe(seen, rows, stats.R, stats.moments, decay=1.0)
+        found.append(float(seen.standard_errors[K]))
+    assert 0.8 <= found[0] / found[1] <= 1.25
+
+
+def test_pairs_of_another_shape_are_refused() -> None:
+    x = gaussians(0, N=20, D=6, K=K)[0]
+    R = torch.eye(K)[torch.arange(20) % K]
+    moments = Moments(weight=torch.ones(K), mean=x[:K], covariance=torch.zeros(K, 6, 6))
+    with pytest.raises(ValueError, match=r"`R` must have shape \(20, 8\), as `moments` has K=8, got \(20, 2\)"):
+        pairs.observe(pairs.none(K=K, D=6), x, R[:, :2], moments, decay=0.9)
+    for K_, D in ((2, 6), (K, 1)):
+        with pytest.raises(ValueError, match=r"`pairs` must have the K and D of `moments`, \(8, 6\), got"):
+            pairs.observe(pairs.none(K=K_, D=D), x, R, moments, decay=0.9)

@@ -94,6 +94,15 @@ def test_log_likelihood_is_finite_if_rows_lie_in_a_subspace() -> None:
     assert readings.log_likelihood(batch_moments(x, torch.ones(50, 2)), x).isfinite().all()
 
 
+def test_log_likelihood_is_finite_beside_a_dead_component_of_former_scale() -> None:
+    x, R = torch.randn(24, 32), torch.eye(3)[torch.arange(24) % 3]
+    m, shrunk = batch_moments(x, R), torch.tensor([1e-6, 1e-6, 1.0])
+    moments = Moments(
+        weight=m.weight * torch.tensor([1.0, 1.0, 1e-8]), mean=m.mean, covariance=m.covariance * shrunk[:, None, None]
+    )
+    assert readings.log_likelihood(moments, x).isfinite().all()
+
+
 def test_match_finds_the_order_of_components_with_scipy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, moments = rows_and_moments(16)
     order = torch.randperm(K, generator=torch.Generator().manual_seed(0))

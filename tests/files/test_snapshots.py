@@ -1,5 +1,6 @@
 """Snapshots and the last mixture: what is in their files, what a resumed run sets aside, and a disk that fails."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,34 @@ def test_last_mixture_waits_for_a_disk_that_fails(tmp_path: Path, later: str) ->
         getattr(one, later)()
     assert messages == []
     assert last(tmp_path) == 1.0
+
+
+@pytest.mark.parametrize("in_the_way", ["mixture_snapshots", "mixture_snapshots/step_000001.pt"])
+def test_snapshot_that_cannot_be_written_holds_up_no_rows(tmp_path: Path, in_the_way: str) -> None:
+    (foreign := tmp_path / in_the_way).parent.mkdir(exist_ok=True)
+    foreign.write_bytes(b"?")
+    one = Writer(tmp_path)
+    with said() as messages:
+        for step in range(3):
+            one.log(step)
+            one.write_snapshot(snapshot(step))
+    assert len(messages) == 1
+    assert [step for _, step in places(tmp_path)] == [0, 1, 2]
+    foreign.unlink()
+    one.close()
+    assert found(tmp_path) == [(0, step, 1.0) for step in range(3)]
+
+
+def test_resumed_run_goes_on_without_snapshots_that_it_may_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one := Writer(tmp_path)).K = 2
+    one.log(0)
+    one.write_snapshot(snapshot(0))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    rows, snapshots = one.read(before=(0, 1))
+    assert ([row["step"] for row in rows], snapshots) == ([0], [])

@@ -164,7 +164,9 @@ def test_bad_row_of_one_rank_raises_on_all_where_strict(exchange: str, results: 
 def test_other_options_on_one_rank_raise_on_all(option: str, exchange: str, results: Results) -> None:
     for refused in results(f"other {option}, {exchange}"):
         assert (refused.get("error"), refused.get("unchanged")) == ("ValueError", True)
-        assert refused["message"].startswith("`update` must be called on every rank with the same `step`")
+        assert refused["message"].startswith(
+            "`update` must be called on every rank with the same `step`, `views`, options"
+        )
         assert "on rank 2" in refused["message"]
 
 

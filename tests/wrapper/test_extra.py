@@ -1,6 +1,5 @@
-"""More than seven columns: pairs of views, alarms, snapshots, and the same after a kill and a resume."""
+"""More than seven columns: pairs of views, alarms, and the same after a kill and a resume."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from mixture_core import pairs, readings
 from mixture_core.alarms import Alarm
-from mixture_torch import MixtureStats, NTXentLoss, activate, read_extra, read_log, read_snapshots
+from mixture_torch import MixtureStats, NTXentLoss, activate, read_extra, read_log
 from tests.tolerances import FLOAT32, relative_error
 from tests.wrapper.samples import contents, estimator, mixture
 
@@ -79,18 +78,44 @@ def test_alarms_warn_once_for_each_kind_without_a_function(tmp_path: Path) -> No
     assert len([one for one in said if "Alarm: composition" in str(one.message)]) == 1
 
 
-def test_function_for_alarms_that_raises_ends_no_run(tmp_path: Path) -> None:
+class UnreadableError(Exception):
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(RuntimeError("no\nnetwork"), "RuntimeError: no network"), (UnreadableError(), "UnreadableError: Unr")],
+)
+def test_function_for_alarms_that_raises_ends_no_run(tmp_path: Path, error: Exception, text: str) -> None:
     def fail(alarm: Alarm) -> None:
-        raise RuntimeError("no network")
+        raise error
 
     wrapper = estimator(K=4, log_dir=tmp_path, on_alarm=fail)
-    with pytest.warns(UserWarning, match="`on_alarm` raised RuntimeError: no network"):
+    with pytest.warns(UserWarning, match=f"`on_alarm` raised {text}"):
         lose_a_cluster(wrapper, GONE + 3)
 
 
 def test_alarms_need_a_folder() -> None:
     with pytest.raises(ValueError, match="`log_dir` must be given with `store_scores` or `on_alarm`"):
         estimator(on_alarm=print)
+
+
+def test_function_for_alarms_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`on_alarm` must be a function of an alarm, or None, got 'x'"):
+        estimator(log_dir=tmp_path, on_alarm="x")
+    with pytest.raises(ValueError, match="`extra` must be true with `on_alarm`"):
+        estimator(log_dir=tmp_path, on_alarm=print, extra=False)
+
+
+def test_function_for_alarms_may_load_a_checkpoint(tmp_path: Path) -> None:
+    wrapper = estimator(K=4, log_dir=tmp_path, on_alarm=lambda _: wrapper.load_state_dict(state_dict))
+    wrapper.update(views(0))
+    state_dict = wrapper.state_dict()
+    lose_a_cluster(wrapper, GONE + 2)
+    assert not wrapper.stats  # it was called at the last row
+    wrapper.flush()
+    assert not (tmp_path / "mixture_snapshots").exists()
 
 
 def test_extra_row_holds_the_readings_of_the_step(tmp_path: Path) -> None:
@@ -147,27 +172,6 @@ def test_without_extra_there_is_nothing_but_the_log(tmp_path: Path) -> None:
     assert set(contents(tmp_path)) == {"mixture.csv"}
 
 
-def test_snapshots_come_at_each_flush_or_every_so_many_steps(tmp_path: Path) -> None:
-    for every, expected in ((None, [3, 5]), (2, [1, 3, 5])):
-        with estimator(log_dir=tmp_path / str(every), snapshot_every=every) as wrapper:
-            for step in range(6):
-                wrapper.update(mixture(seed=step)[0])
-                wrapper.log_step(step=step, epoch=0)
-                if step in (3, 5):
-                    wrapper.flush()
-                    wrapper.flush()
-        entries = read_snapshots(tmp_path / str(every))
-        assert [entry["step"] for entry in entries] == expected
-    m = wrapper.state.moments  # type: ignore[union-attr]
-    entry = entries[-1]
-    torch.testing.assert_close(entry["spectrum_T"], readings.spectrum(m))
-    torch.testing.assert_close(entry["weight"], m.weight)
-    torch.testing.assert_close(entry["axes"] @ entry["axes"].mT, torch.eye(2))
-    on_plane = entry["plane_mean"].T @ (m.pi[:, None] * entry["plane_mean"])
-    torch.testing.assert_close(torch.linalg.eigvalsh(on_plane).flip(0), entry["spectrum_B"][:2])
-    assert all((a["axes"] * b["axes"]).sum() > 1.5 for a, b in itertools.pairwise(entries))
-
-
 def test_last_mixture_is_left_in_the_folder(tmp_path: Path) -> None:
     with estimator(log_dir=tmp_path) as wrapper:
         wrapper.update(mixture()[0])
@@ -191,25 +195,3 @@ def test_views_are_checked() -> None:
         wrapper.update(torch.randn(5, 4), views=2)
     with pytest.raises(ValueError, match="`views` must be 1 or 2, got 3"):
         wrapper.update(torch.randn(6, 4), views=3)
-
-
-def test_snapshot_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise torch.linalg.LinAlgError("did not converge")
-
-    monkeypatch.setattr("mixture_torch.journal.snapshot", fail)
-    wrapper = estimator(log_dir=tmp_path)
-    wrapper.update(mixture()[0])
-    wrapper.log_step(step=0, epoch=0)
-    with pytest.warns(UserWarning, match="No snapshot could be taken at step 0: did not converge"):
-        wrapper.flush()
-
-
-def test_loaded_state_is_no_snapshot_of_the_row_before(tmp_path: Path) -> None:
-    wrapper = estimator(log_dir=tmp_path)
-    wrapper.update(mixture()[0])
-    state_dict = wrapper.state_dict()
-    wrapper.log_step(step=0, epoch=0)
-    wrapper.load_state_dict(state_dict)
-    wrapper.flush()
-    assert not (tmp_path / "mixture_snapshots").exists()
