@@ -13,10 +13,10 @@ import attrs
 BASELINE, GAP = 40, 4  # a row is compared with the 40 rows before a gap of 4 rows
 WINDOW = BASELINE + GAP
 # A figure has changed if two rows in succession are off by more standard deviations than this. With these limits, 1 of
-# 35 healthy SimCLR runs over digits (260 steps, K = 10, D = 32) raised a false alarm; trace_T reached 4.5, share_B 5.2.
-CHANGE = 3.5
-SCALARS = (("trace_T", 4.8), ("share_B", 5.5))
-CHANGES = ("composition", "trace_T", "share_B")  # kinds of alarms
+# 35 healthy SimCLR runs over digits (260 steps, K = 10, D = 32) raised a false alarm.
+CHANGE, CHANGE_OF_SCALARS = 3.5, 4.0  # successive changes over two rows share a row, so chance brings two more easily
+SCALARS = ("trace_T", "share_B")
+CHANGES = ("composition", *SCALARS)  # kinds of alarms
 # Compared figures are whole multiples of this unit, so running sums are exact and depend on the window alone.
 UNIT = 2.0**-19
 LASTING = 20  # rows in succession after which a level is reported
@@ -83,6 +83,7 @@ class AlarmState:
     Attributes:
         D: Width of the embeddings.
         step: Of the last row.
+        scalars: Logarithms of trace_T and share_B in the last two rows since a relocation.
         count: Rows since the first, or since K changed.
         settled: Rows since components were last relocated.
         window: The compared figures of the last 44 rows; zeros before the first.
@@ -96,6 +97,7 @@ class AlarmState:
 
     D: int
     step: int = 0
+    scalars: tuple[Row, ...] = ()
     count: int = 0
     settled: int = 0
     window: tuple[Row, ...] = ()
@@ -111,10 +113,11 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     """Returns the state after one more row of the log, and the alarms that this row raises.
 
     The compared figures are sqrt(n_k / N) for each component, whose standard deviation, 1 / (2 sqrt(N)), does not
-    depend on the share n_k / N, and the logarithms of trace_T and share_B. Each is compared with the 40 rows before a
-    gap of 4 rows: its deviation is the distance from their mean, in standard deviations. A figure has changed if its
-    deviation exceeds the limit in two rows in succession, with the same sign. A change need not be a fault. For the
-    next 44 rows the figure raises no further alarm. After a relocation, components mean something else, and their
+    depend on the share n_k / N, and the changes of log trace_T and log share_B over two rows: they are averages over a
+    window, and how far such averages wander does not show in a few rows. Each figure is compared with the 40 rows
+    before a gap of 4 rows: its deviation is the distance from their mean, in standard deviations. A figure has changed
+    if its deviation exceeds the limit in two rows in succession, with the same sign. A change need not be a fault. For
+    the next 44 rows the figure raises no further alarm. After a relocation, components mean something else, and their
     comparison begins again. Rows without usable embeddings are skipped.
 
     Levels assume embeddings of norm 1. A level is reported once it has lasted for 20 rows, and again if it ends and
@@ -140,7 +143,11 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     """
     if not reading.n_rows or not math.isfinite(reading.trace_T + reading.trace_B + sum(reading.n)):
         return state, ()
-    row = _compared(reading)
+    now = _logarithms(reading)
+    before = () if reading.n_relocated else state.scalars  # a relocation changes share_B
+    unit = math.sqrt(reading.n_rows) * UNIT
+    changes = [(value - earlier) // UNIT for value, earlier in zip(now, (*before, now)[0], strict=True)]
+    row = (*[math.sqrt(n) // unit for n in reading.n], *changes)
     if len(state.sums) != len(row):
         zeros = (0.0,) * len(row)
         window, largest, levels = (zeros,) * WINDOW, state.largest, state.levels
@@ -155,6 +162,7 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     after = AlarmState(
         D=state.D,
         step=reading.step,
+        scalars=(*before[-1:], now),
         count=state.count + 1,
         settled=settled,
         window=(*state.window[1:], row),
@@ -165,22 +173,20 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
         largest=largest,
         levels=levels,
     )
-    return after, (*[_change(reading, i, off[i], since=state.step) for i in changed], *lasting)
+    return after, (*[_change(state, reading, i, off[i]) for i in changed], *lasting)
 
 
-def _compared(reading: Reading) -> Row:
-    """The figures of a row that are compared with earlier ones."""
-    unit, tiny = math.sqrt(reading.n_rows) * UNIT, 1e-12
+def _logarithms(reading: Reading) -> Row:
+    tiny = 1e-12
     share_B = reading.trace_B / max(reading.trace_T, tiny)
-    scalars = [math.log(max(scalar, tiny)) // UNIT for scalar in (reading.trace_T, share_B)]
-    return (*[math.sqrt(n) // unit for n in reading.n], *scalars)
+    return math.log(max(reading.trace_T, tiny)), math.log(max(share_B, tiny))
 
 
 def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, float]:
     """Deviation of each figure that is beyond its limit, in standard deviations."""
     K = len(row) - len(SCALARS)
     least = 0.5 / math.sqrt(n_rows) / UNIT  # the standard deviation from sampling the batch
-    suspects = [(K + i, limit, 1.0) for i, (_, limit) in enumerate(SCALARS)]
+    suspects = [(K + i, CHANGE_OF_SCALARS, 1.0) for i in range(len(SCALARS))]
     if settled >= WINDOW:
         bound = BASELINE * CHANGE * least
         away = [BASELINE * value - total for value, total in zip(row[:K], state.sums[:K], strict=True)]
@@ -195,13 +201,15 @@ def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, fl
     return off
 
 
-def _change(reading: Reading, index: int, deviation: float, *, since: int) -> Alarm:
-    K, step = len(reading.pi), reading.step
+def _change(state: AlarmState, reading: Reading, index: int, deviation: float) -> Alarm:
+    K, since = len(reading.pi), state.step
     if index < K:
+        kind, component = "composition", index
         figures = {"pi": reading.pi[index], "n": reading.n[index], "deviation": deviation}
-        return Alarm(kind="composition", component=index, step=step, since=since, figures=figures)
-    figures = {"trace_T": reading.trace_T, "trace_B": reading.trace_B, "deviation": deviation}
-    return Alarm(kind=SCALARS[index - K][0], component=None, step=step, since=since, figures=figures)
+    else:
+        kind, component = SCALARS[index - K], None
+        figures = {"trace_T": reading.trace_T, "trace_B": reading.trace_B, "deviation": deviation}
+    return Alarm(kind=kind, component=component, step=reading.step, since=since, figures=figures)
 
 
 def _levels(state: AlarmState, reading: Reading, largest: float) -> tuple[Levels, list[Alarm]]:
