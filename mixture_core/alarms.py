@@ -36,7 +36,7 @@ class Reading(NamedTuple):
     """The figures of one logged step; a figure that is not known is nan."""
 
     step: int
-    n_rows: int  # usable rows of the batch
+    n_rows: int  # usable rows of the batch; those of `mixture_extra.csv` less `n_ignored`
     n_relocated: int
     trace_B: float
     opnorm_B: float
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
     pi: tuple[float, ...]  # (K,)
     n: tuple[float, ...]  # (K,) rows of the batch
     rel: tuple[float, ...]  # (K,) tr Sigma_k / tr T
-    excess: float = math.nan
+    excess: float = math.nan  # of a snapshot; see `mixture_core.null`
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +59,8 @@ class Alarm:
         component: Its index; None if the alarm is about all embeddings.
         step: The step at which it was raised.
         since: The first step of the change or of the level.
-        figures: The figures that show it, by name.
+        figures: The figures that show it, by name. `deviation` is the distance of the figure that changed from the
+            mean of 40 earlier rows, in standard deviations; for `composition` this figure is sqrt(n / N).
     """
 
     kind: str

@@ -62,7 +62,7 @@ class MixtureRuntimeConfig(MixtureConfig):
     strict: bool = attrs.field(default=False, validator=boolean)
     # Whether steps on a GPU are replayed as CUDA graphs.
     compile: bool = attrs.field(default=False, validator=boolean)
-    # Whether `mixture_extra.csv` is written.
+    # Whether `mixture_extra.csv`, snapshots and `mixture_last.pt` are written, and alarms raised.
     extra: bool = attrs.field(default=True, validator=boolean)
     # Steps between two snapshots of the mixture; None takes one at each `flush`.
     snapshot_every: int | None = attrs.field(

@@ -49,10 +49,10 @@ class MixtureStats(View):
         relocate: Move wasted components to where the mixture fits worst, once a window (k-means in `mode: ema` only).
         compile: On a GPU, replay steps as CUDA graphs, which takes the host much less time. No effect with `strict`.
         dim: D, if known beforehand, so that `state_dict` has its final shapes before the first update.
-        extra: Whether to write more figures, some for each component, to `mixture_extra.csv`.
-        snapshot_every: Steps between two snapshots of the mixture; None takes one at each `flush`.
+        extra: Whether to write `mixture_extra.csv`, snapshots and `mixture_last.pt`, and to watch for alarms.
+        snapshot_every: Steps between two snapshots of the mixture; None takes one at each `flush`. `close` takes none.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
-        on_alarm: Function to call with each alarm; None warns once for each kind.
+        on_alarm: Function to call with each alarm, a `mixture_core.alarms.Alarm`; None warns once for each kind.
 
     Raises:
         TypeError: An option is of the wrong type.
@@ -142,7 +142,7 @@ class MixtureStats(View):
             labels: (N,) integers in [0, K), -1 or -100 to ignore a row; only read if responsibilities come from labels.
             step: The training step, a number or string. Calls with the same step are one batch, as in gradient
                 accumulation. None means the step of the surrounding `activate`; without one, each call is a step.
-            views: 2 if rows n and n + N/2 are two views of one sample; adds the alignment and standard errors.
+            views: 2 if rows n and n + N/2 are two views of one sample, as in `torch.cat([z1, z2])`.
 
         Raises:
             TypeError: An argument is of the wrong type; the estimator is unchanged.
@@ -183,7 +183,7 @@ class MixtureStats(View):
         return self._stats
 
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
-        """Appends one row to `mixture.csv` and, with `store_scores`, the responsibilities to their file.
+        """Appends a row to `mixture.csv` and, if set by `extra` and `store_scores`, to the other files.
 
         Does nothing if the estimator is disabled, has no `log_dir`, or runs on a rank that writes no files.
 
@@ -230,12 +230,12 @@ class MixtureStats(View):
         self._journal.say()
 
     def flush(self) -> None:
-        """Writes everything that was logged to disk, so that `torch.load` can read it; raises the errors of `close`."""
+        """Writes all that was logged to disk, and a snapshot unless `snapshot_every` is set; raises as `close` does."""
         self._journal.flush(self)
         self._journal.say()
 
     def close(self) -> None:
-        """Flushes and closes all files, and writes the state_dict to `mixture_last.pt`; `log_step` opens them again.
+        """Writes all rows and, to `mixture_last.pt`, the state_dict, but no snapshot; `log_step` opens the files again.
 
         Raises:
             OSError: A file could not be written and `strict` is set; the rows are kept.

@@ -111,7 +111,7 @@ class View:
             return to_state_dict(self._config.core, self._mixture.progress, dim=dim or self._config.dim)
 
     def __repr__(self) -> str:
-        """Returns the options that differ from the defaults, D, and the number of updates, in one line."""
+        """Returns the options that differ from the defaults, D, and how many updates this object had, in one line."""
         options = ((field.name, getattr(self._config, field.name)) for field in attrs.fields(MixtureRuntimeConfig))
         said = [f"{name}={value!r}" for name, value in options if name == "K" or value != getattr(DEFAULTS, name)]
         n, D = self._mixture.n_updates, self._mixture.progress.D

@@ -67,7 +67,9 @@ class ExtraFile(RowsFile):
 
 
 def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
-    """Returns `mixture_extra.csv`, with `pi`, `n` and `rel` as (steps, K) arrays; otherwise see `read_log`.
+    """Returns the columns of `mixture_extra.csv` by name, as arrays of (steps,); otherwise see `read_log`.
+
+    Three are (steps, K): `pi`, the weights; `n`, the rows of the step in each component; `rel`, tr Sigma_k / tr T.
 
     Example:
         >>> import tempfile

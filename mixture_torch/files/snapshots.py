@@ -21,7 +21,8 @@ def load_snapshot(path: Path) -> Snapshot:
 def read_snapshots(log_dir: str | Path) -> list[Snapshot]:
     """Returns the snapshots in a run folder, sorted by epoch and step: dicts of ints, floats and CPU tensors.
 
-    Damaged files are left out with a warning. Reading changes no file and may be done while the run still writes.
+    mixture_torch/README.md lists the keys. Damaged files are left out with a warning. Reading changes no file and may
+    be done while the run still writes.
 
     Args:
         log_dir: The run folder, as given to the estimator.
@@ -43,7 +44,8 @@ def read_snapshots(log_dir: str | Path) -> list[Snapshot]:
     """
     paths = list((Path(log_dir) / SNAPSHOT_FOLDER).glob(SHARD_PATTERN))
     if not paths:
-        raise FileNotFoundError(f"`{log_dir}` has no `{SNAPSHOT_FOLDER}/{SHARD_PATTERN}`; was the run flushed?")
+        missing = f"{SNAPSHOT_FOLDER}/{SHARD_PATTERN}"
+        raise FileNotFoundError(f"`{log_dir}` has no `{missing}`; call `flush` in the run, or set `snapshot_every`.")
     return sorted(readable(paths, load_snapshot), key=lambda entry: (entry["epoch"], entry["step"]))
 
 
