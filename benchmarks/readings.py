@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mixture_torch import MixtureStats, NTXentLoss, activate, active_estimator
 from mixture_torch.app import demo
+from mixture_torch.app.digits import N_DIGITS, load_images
+from mixture_torch.app.faults import positives_only
 from mixture_torch.app.training import ContrastiveLoss, Place, train
 
 STEPS = (1, 60, 240)
@@ -26,12 +27,6 @@ class Case(NamedTuple):
     name: str
     loss: ContrastiveLoss
     relocate: bool = demo.MIXTURE.relocate
-
-
-def alignment(z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Returns 1 - mean cos(z1, z2), (): a loss that pulls views together and pushes nothing apart."""
-    _feed(functional.normalize(torch.cat([z1, z2]).detach(), dim=1))
-    return 1 - functional.cosine_similarity(z1, z2).mean()
 
 
 def broken_first_batch() -> ContrastiveLoss:
@@ -57,11 +52,11 @@ def read(case: Case) -> list[str]:
         case: The way to train.
     """
     settings = demo.DemoConfig()
-    images, digits = demo.load_images(torch.device("cpu"))
+    images, digits = load_images(torch.device("cpu"))
     encoder = demo.make_encoder(seed=settings.seed)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=demo.LEARNING_RATE, weight_decay=demo.WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(STEPS))
-    estimator = MixtureStats(K=demo.N_DIGITS, enabled=True, relocate=case.relocate)
+    estimator = MixtureStats(K=N_DIGITS, enabled=True, relocate=case.relocate)
     batches = demo.epochs_of_views(images, digits, settings, Place(0, 1))
     rows, relocated = [], 0
     steps = train(encoder, batches, loss=case.loss, optimizer=optimizer, schedule=schedule, estimator=estimator)
@@ -94,7 +89,7 @@ def main() -> None:
     for case in (
         Case("healthy", NTXentLoss(demo.TEMPERATURE)),
         Case("dimensional collapse", NTXentLoss(temperature=5.0)),
-        Case("complete collapse", alignment),
+        Case("complete collapse", positives_only),
         Case("dead components", broken_first_batch(), relocate=False),
         Case("the same, moved", broken_first_batch()),
     ):

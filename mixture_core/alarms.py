@@ -21,12 +21,12 @@ CHANGES = ("composition", *SCALARS)  # kinds of alarms
 UNIT = 2.0**-19
 LASTING = 20  # rows in succession after which a level is reported
 LASTING_EXCESS = 2  # the same for the excess, in rows that have it: it is not computed at each step
-
 COLLAPSED = 0.05  # trace_T; rows of norm 1 that fill the sphere have 1
 FLAT, ONE_WAY = 0.15, 0.25  # participation_ratio / D, and opnorm_B / trace_B, at dimensional collapse
 SHAPELESS, ROUND = 0.06, 0.5  # excess, and participation_ratio / D, of embeddings without clusters
 POINT = 0.2  # rel of a component relative to the median
 DEAD = 0.01  # pi times K
+SEEDING_ROWS = 4  # per component, until which components mean nothing yet
 
 Row: TypeAlias = tuple[float, ...]  # (K + 2,) the compared figures, in UNITs
 Levels: TypeAlias = Mapping[tuple[str, int | None], tuple[int, int]]
@@ -86,6 +86,7 @@ class AlarmState:
         step: Of the last row.
         scalars: Logarithms of trace_T and share_B in the last two rows since a relocation.
         count: Rows since the first, or since K changed.
+        n_seen: Usable embeddings in these rows.
         settled: Rows since components were last relocated.
         window: The compared figures of the last 44 rows; zeros before the first.
         sums: Their sums over the first 40 of these rows.
@@ -100,6 +101,7 @@ class AlarmState:
     step: int = 0
     scalars: tuple[Row, ...] = ()
     count: int = 0
+    n_seen: float = 0
     settled: int = 0
     window: tuple[Row, ...] = ()
     sums: Row = ()
@@ -122,11 +124,14 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     comparison begins again. Rows without usable embeddings are skipped.
 
     Levels assume embeddings of norm 1. A level is reported once it has lasted for 20 rows, and again if it ends and
-    comes back. If its figures are not known, the level stays as it is.
+    comes back. If its figures are not known, the level stays as it is. Levels of components begin after 4 K embeddings.
 
     Args:
         state: `AlarmState(D=...)` before the first row.
         reading: The row.
+
+    Raises:
+        ValueError: `pi`, `n` and `rel` do not have one figure for each component.
 
     Example:
         >>> from mixture_core.alarms import AlarmState, Reading, observe
@@ -142,6 +147,8 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
 
     Bartlett, "The use of transformations" (1947), for the square root.
     """
+    if not (K := len(reading.pi)) == len(reading.n) == len(reading.rel) or not K:
+        raise ValueError("`pi`, `n` and `rel` of a reading must have one figure for each component.")
     if not reading.n_rows or not math.isfinite(reading.trace_T + reading.trace_B + sum(reading.n)):
         return state, ()
     now = _logarithms(reading)
@@ -158,13 +165,15 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     changed = [i for i in off if off[i] * state.off.get(i, 0.0) > 0 and i not in state.quiet]
     quiet = {i: rows - 1 for i, rows in state.quiet.items() if rows > 1}
     largest = max(state.largest, reading.trace_T)
-    levels, lasting = _levels(state, reading, largest)
+    n_seen = state.n_seen + reading.n_rows
+    levels, lasting = _levels(state, reading, largest, is_seeded=n_seen >= SEEDING_ROWS * K)
     sums, squares, enter, leave = state.sums, state.squares, state.window[-GAP], state.window[0]
     after = AlarmState(
         D=state.D,
         step=reading.step,
         scalars=(*before[-1:], now),
         count=state.count + 1,
+        n_seen=n_seen,
         settled=settled,
         window=(*state.window[1:], row),
         sums=tuple([total + a - b for total, a, b in zip(sums, enter, leave, strict=True)]),
@@ -178,9 +187,8 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
 
 
 def _logarithms(reading: Reading) -> Row:
-    tiny = 1e-12
-    share_B = reading.trace_B / max(reading.trace_T, tiny)
-    return math.log(max(reading.trace_T, tiny)), math.log(max(share_B, tiny))
+    trace_T = max(reading.trace_T, 1e-12)
+    return math.log(trace_T), math.log(max(reading.trace_B / trace_T, 1e-12))
 
 
 def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, float]:
@@ -203,21 +211,20 @@ def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, fl
 
 
 def _change(state: AlarmState, reading: Reading, index: int, deviation: float) -> Alarm:
-    K, since = len(reading.pi), state.step
-    if index < K:
-        kind, component = "composition", index
-        figures = {"pi": reading.pi[index], "n": reading.n[index], "deviation": deviation}
-    else:
-        kind, component = SCALARS[index - K], None
-        figures = {"trace_T": reading.trace_T, "trace_B": reading.trace_B, "deviation": deviation}
-    return Alarm(kind=kind, component=component, step=reading.step, since=since, figures=figures)
+    kind, component = ("composition", index) if index < len(reading.pi) else (SCALARS[index - len(reading.pi)], None)
+    scalars = {"trace_T": reading.trace_T, "trace_B": reading.trace_B}
+    figures = scalars if component is None else {"pi": reading.pi[index], "n": reading.n[index]}
+    figures |= {"deviation": deviation}
+    return Alarm(kind=kind, component=component, step=reading.step, since=state.step, figures=figures)
 
 
-def _levels(state: AlarmState, reading: Reading, largest: float) -> tuple[Levels, list[Alarm]]:
+def _levels(state: AlarmState, reading: Reading, largest: float, *, is_seeded: bool) -> tuple[Levels, list[Alarm]]:
     """The levels beyond their bounds after this row, and the alarms of those that have just lasted long enough."""
     levels: dict[tuple[str, int | None], tuple[int, int]] = {}
     alarms: list[Alarm] = []
     for kind, component, figures in _beyond(state.D, reading, largest):
+        if component is not None and not is_seeded:
+            continue
         since, rows = state.levels.get((kind, component), (reading.step, 0))
         if not math.isnan(sum(figures.values())):
             rows += 1

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mixture_core.config import as_integer, shown
 from mixture_core.readings import share_B, spectrum
 from mixture_core.relocate import relocate
 from mixture_core.step import MixtureState, init, step
@@ -16,7 +17,7 @@ def excess(
     s is the share of variance between components, tr B / tr T. s0 is its mean over estimators with the same options
     that see only rows of a single Gaussian with the covariance T: k-means finds "clusters" there too. 0 means no more
     structure than a Gaussian has. It is an effect size, not a p-value: normalised rows without clusters give up to
-    0.05.
+    0.05. Without any weight, it is nan.
 
     Args:
         state: The mixture.
@@ -26,7 +27,8 @@ def excess(
         steps: Steps of each; the default is several windows of the default `ema_decay`.
 
     Raises:
-        ValueError: `N`, `shadows` or `steps` is less than 1.
+        TypeError: `N`, `shadows` or `steps` is not an integer.
+        ValueError: One of them is less than 1.
 
     Example:
         >>> import torch, mixture_core
@@ -50,11 +52,16 @@ def chance_share(
     state: MixtureState, N: int, *, generator: torch.Generator | None = None, shadows: int = 4, steps: int = 120
 ) -> Tensor:
     """Returns s0 of `excess`, (); the arguments are the same."""
+    if not all(isinstance(as_integer(count), int) and not isinstance(count, bool) for count in (N, shadows, steps)):
+        given = ", ".join(map(shown, (N, shadows, steps)))
+        raise TypeError(f"`N`, `shadows` and `steps` must be integers, got {given}.")
     if min(N, shadows, steps) < 1:
         raise ValueError(f"`N`, `shadows` and `steps` must be at least 1, got {N}, {shadows} and {steps}.")
     if generator is None:
         generator = torch.Generator(device="cpu").manual_seed(0)
     config, moments = state.config, state.moments
+    if not bool(moments.weight.sum() > 0):
+        return moments.weight.new_full((), torch.nan)
     # Neither the mean nor a rotation changes a share.
     spread, pi = spectrum(moments).sqrt(), moments.pi.cpu()
 

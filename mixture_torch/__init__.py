@@ -1,5 +1,7 @@
 """Mixture diagnostics for training loops: an estimator that is fed at every step and writes one row about it."""
 
+from typing import TYPE_CHECKING, Any
+
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import activate, active_estimator
 from mixture_torch.estimator import MixtureStats
@@ -10,6 +12,10 @@ from mixture_torch.files.snapshots import read_snapshots
 from mixture_torch.losses import NTXentLoss
 from mixture_torch.update.stats import StepStats
 
+if TYPE_CHECKING:
+    from mixture_torch.report.figures import plot
+    from mixture_torch.report.run import read_run
+
 __all__ = [
     "MixtureRuntimeConfig",
     "MixtureStats",
@@ -17,8 +23,23 @@ __all__ = [
     "StepStats",
     "activate",
     "active_estimator",
+    "plot",
     "read_extra",
     "read_log",
+    "read_run",
     "read_scores",
     "read_snapshots",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `plot` and `read_run` when they are asked for, as training needs neither."""
+    if name == "plot":
+        from mixture_torch.report.figures import plot
+
+        return plot
+    if name == "read_run":
+        from mixture_torch.report.run import read_run
+
+        return read_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

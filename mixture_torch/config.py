@@ -51,6 +51,10 @@ class MixtureRuntimeConfig(MixtureConfig):
     store_scores: bool = attrs.field(default=False, validator=boolean)
     # One growing file of responsibilities, or one file per step.
     scores_mode: Literal["append", "per_step"] = attrs.field(default="append", validator=one_of("append", "per_step"))
+    # What becomes of rows that `log_dir` has already, unless a checkpoint was loaded.
+    existing: Literal["append", "aside", "refuse"] = attrs.field(
+        default="append", validator=one_of("append", "aside", "refuse")
+    )
     # Whether statistics cover the embeddings of all ranks, and what ranks exchange: embeddings (`gather`, or true), or
     # sums over them (`reduce`).
     cross_rank: bool | Literal["gather", "reduce"] = attrs.field(
@@ -97,7 +101,7 @@ class MixtureRuntimeConfig(MixtureConfig):
         """
         block, place = find_block(mapping)
         refuse_unknown(block, attrs.fields_dict(cls), place=place)
-        return cls(**{key: _from_text(value) for key, value in block.items()})
+        return cls(**{key: _from_text(_value(block, key)) for key in block})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "MixtureRuntimeConfig":
@@ -143,6 +147,14 @@ def _hint(key: object, names: list[str]) -> str:
     by_lower_case = {name.lower(): name for name in names}
     near = difflib.get_close_matches(_name(key).lower(), by_lower_case, n=1)
     return f" (did you mean `{by_lower_case[near[0]]}`?)" if near else ""
+
+
+def _value(block: Mapping[Any, Any], key: Any) -> Any:
+    """Returns an option; an interpolation of OmegaConf's may lead nowhere."""
+    try:
+        return block[key]
+    except Exception as error:
+        raise ValueError(f"`{_name(key)}` cannot be read: {' '.join(str(error).split())}.") from error
 
 
 def _name(key: object) -> str:

@@ -96,7 +96,7 @@ def active_step(estimator: "MixtureStats") -> int | str | None:
 # torch.compile cannot trace an update. It sees one operator with a side effect, which finds the estimator when it runs.
 OPERATOR = "mixture_torch::update"
 ACTIVE = -1  # key of the active estimator, whichever that is when the operator runs
-_estimators: "WeakValueDictionary[int, MixtureStats]" = WeakValueDictionary()
+_estimators: WeakValueDictionary[int, Any] = WeakValueDictionary()  # anything with `update`
 _keys = count()
 
 torch.library.define(
@@ -117,8 +117,8 @@ def _update(
         estimator.update(embeddings, labels, step=number if text is None else text, views=views)
 
 
-def register(estimator: "MixtureStats") -> int:
-    """Returns a key by which compiled code finds an estimator as long as it lives."""
+def register(estimator: Any) -> int:
+    """Returns a key by which compiled code finds an estimator, or anything with its `update`, as long as it lives."""
     key = next(_keys)
     _estimators[key] = estimator
     return key

@@ -14,13 +14,15 @@ from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.context import active_step, as_step, register, update_compiled
 from mixture_torch.files.recorder import Recorder
 from mixture_torch.journal import NO_STATS, Journal
+from mixture_torch.tracker import Tracker
 from mixture_torch.update.arrivals import Report, as_count
+from mixture_torch.update.batch import as_views
 from mixture_torch.update.checkpoint import from_state_dict
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.ranks import is_main_rank
 from mixture_torch.update.stats import NOTHING, StepStats
 from mixture_torch.update.watch import OnAlarm
-from mixture_torch.views import DEFAULTS, DISABLED, View
+from mixture_torch.views import DEFAULTS, DISABLED, View, as_config, check_process
 
 
 class MixtureStats(View):
@@ -33,14 +35,15 @@ class MixtureStats(View):
     Args:
         K: Number of components.
         assigner: `kmeans_online`: each row belongs to its nearest mean; `label_supervised`: to its label.
-        mode: `ema`: statistics over an exponential window; `per_batch`: of the last batch; `label_supervised`: of the
-            last batch, by labels.
+        mode: What they cover. `ema`: an exponential window; `per_batch`: a batch; `label_supervised`: one with labels.
         ema_decay: Factor by which earlier weights are multiplied each step, in (0, 1).
         enabled: False makes all methods do nothing. If it is left out it is false, and the first `update` says so.
         is_main: Whether this process writes files; None is rank 0, or any process outside a process group.
         cross_rank: Whether the mixture is that of all ranks, which exchange embeddings (`gather` or true) or only sums
             (`reduce`; then R covers the rank's own embeddings).
         log_dir: Folder for the files; None writes none.
+        existing: What becomes of the rows of earlier runs in `log_dir`, unless a checkpoint is loaded. `append`: new
+            rows follow them; `aside`: they move to `superseded-N` files; `refuse`: the first `log_step` raises.
         store_scores: Whether to write responsibilities too.
         scores_mode: `append`: into one file; `per_step`: into one file per step.
         max_assign_iters: Lloyd iterations per step.
@@ -53,10 +56,11 @@ class MixtureStats(View):
         snapshot_every: Steps between two snapshots of the mixture; None takes one at each `flush`. `close` takes none.
         process_group: The ranks of `cross_rank` and `is_main`; None is the default group.
         on_alarm: Function to call with each alarm, a `mixture_core.alarms.Alarm`; None warns once for each kind.
+        tracker: Function to call with the figures of each row, named as in `stats.scalars()`, and its step.
 
     Raises:
         TypeError: An option is of the wrong type.
-        ValueError: An option is out of range, or `store_scores` is set without a `log_dir`.
+        ValueError: An option is out of range, or has no effect without another one.
 
     Example:
         >>> import torch
@@ -78,6 +82,7 @@ class MixtureStats(View):
         is_main: bool | None = None,
         cross_rank: bool | Literal["gather", "reduce"] = DEFAULTS.cross_rank,
         log_dir: str | os.PathLike[str] | None = None,
+        existing: Literal["append", "aside", "refuse"] = DEFAULTS.existing,
         store_scores: bool = DEFAULTS.store_scores,
         scores_mode: Literal["append", "per_step"] = DEFAULTS.scores_mode,
         max_assign_iters: int = DEFAULTS.max_assign_iters,
@@ -90,41 +95,39 @@ class MixtureStats(View):
         snapshot_every: int | None = DEFAULTS.snapshot_every,
         process_group: Any = None,
         on_alarm: OnAlarm = None,
+        tracker: Tracker = None,
     ) -> None:
         self._says_disabled = enabled is ...
         config = MixtureRuntimeConfig(
             K=K, assigner=assigner, mode=mode, ema_decay=ema_decay, enabled=False if enabled is ... else enabled,
             cross_rank=cross_rank, store_scores=store_scores, scores_mode=scores_mode, seed=seed, strict=strict,
             max_assign_iters=max_assign_iters, relocate=relocate, compile=compile, dim=dim, extra=extra,
-            snapshot_every=snapshot_every,
+            snapshot_every=snapshot_every, existing=existing,
         )  # fmt: skip
-        if is_main is not None and not isinstance(is_main, bool):
-            raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
-        if log_dir is None and config.enabled and (store_scores or on_alarm) and is_main is not False:
-            raise ValueError("`log_dir` must be given with `store_scores` or `on_alarm`, got None.")
+        check_process(config, log_dir=log_dir, is_main=is_main, on_alarm=on_alarm, tracker=tracker)
         writes = partial(is_main_rank, process_group) if is_main is None else partial(bool, is_main)
-        scores = config.scores_mode if store_scores else None
-        recorder = Recorder(log_dir, scores_mode=scores, writes=writes, strict=strict)
+        kept = scores_mode if store_scores else None
+        recorder = Recorder(log_dir, scores_mode=kept, existing=existing, writes=writes, strict=strict)
         super().__init__(config, is_main=is_main, process_group=process_group)
-        self._journal = Journal(self, recorder, self._mixture.notes, extra=config.extra, on_alarm=on_alarm)
-        self._key = register(self)  # by which compiled code finds it
+        self._journal = Journal(self, recorder, on_alarm=on_alarm, tracker=tracker)
         self._report: Report | None = None  # of the last update, if that was made on a GPU
+        self._key = register(self)  # by which compiled code finds it
 
     @classmethod
     def from_config(
         cls,
-        config: MixtureRuntimeConfig,
+        config: MixtureRuntimeConfig | Mapping[str, Any],
         *,
         log_dir: str | os.PathLike[str] | None = None,
         is_main: bool | None = None,
         process_group: Any = None,
         on_alarm: OnAlarm = None,
+        tracker: Tracker = None,
     ) -> "MixtureStats":
         """Returns the estimator of a configuration; other arguments and errors are those of `MixtureStats`."""
-        if not isinstance(config, MixtureRuntimeConfig):
-            raise TypeError(f"`config` must be a MixtureRuntimeConfig, got {config!r}.")
+        config = as_config(config)
         of_process = {"log_dir": log_dir, "is_main": is_main, "process_group": process_group, "on_alarm": on_alarm}
-        return cls(**of_process, **attrs.asdict(config))
+        return cls(**of_process, tracker=tracker, **attrs.asdict(config))
 
     def update(
         self, embeddings: Tensor, labels: Tensor | None = None, *, step: int | str | None = None, views: int = 1
@@ -168,9 +171,7 @@ class MixtureStats(View):
         except OSError as error:
             problem = error
         try:
-            step = active_step(self) if step is None else as_step(step)
-            if views not in (1, 2):
-                raise ValueError(f"`views` must be 1 or 2, got {views!r}.")
+            step, views = active_step(self) if step is None else as_step(step), as_views(views)
         except Exception as error:
             problem, step = error, None
         updated = self._mixture.update(embeddings, labels, views=views, token=step, problem=problem)
@@ -185,7 +186,7 @@ class MixtureStats(View):
     def log_step(self, *, step: int, epoch: int, stats: Mapping[str, Tensor] | None = None) -> None:
         """Appends a row to `mixture.csv` and, if set by `extra` and `store_scores`, to the other files.
 
-        Does nothing if the estimator is disabled, has no `log_dir`, or runs on a rank that writes no files.
+        Does nothing if the estimator is disabled, on other ranks, or without a `log_dir`, a `tracker` and `on_alarm`.
 
         Args:
             step: The training step, at least 0.
@@ -194,8 +195,8 @@ class MixtureStats(View):
 
         Raises:
             TypeError: `step` or `epoch` is not an integer, or `stats` is not a mapping.
-            ValueError: `step` or `epoch` is negative, `stats` lacks a key, a file in `log_dir` has another format, or
-                another process writes there.
+            ValueError: `step` or `epoch` is negative, `stats` lacks a key, a file in `log_dir` has another format,
+                `existing` refuses its rows, or another process writes there.
             OSError: The row could not be written and `strict` is set; the row is kept and written with the next one.
         """
         if not self._config.enabled:

@@ -1,17 +1,20 @@
 """What an estimator tells its user once a step's figures are on the host: rows of the log, errors and warnings."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mixture_core.alarms import Alarm
 from mixture_torch.files.recorder import Recorder, Row, warn_caller
 from mixture_torch.files.snapshots import LAST_FILE
+from mixture_torch.tracker import Outlet, Tracker
 from mixture_torch.update.arrivals import Arrivals, Report
 from mixture_torch.update.batch import ignored, settle
-from mixture_torch.update.figures import check_loggable, responsibilities_of
+from mixture_torch.update.figures import Figures, check_loggable, responsibilities_of
 from mixture_torch.update.precision import full_float32
 from mixture_torch.update.ranks import text_of
 from mixture_torch.update.snapshot import EXCESS_EVERY, snapshot
@@ -19,8 +22,8 @@ from mixture_torch.update.watch import OnAlarm, Watch
 from mixture_torch.views import View
 
 NO_STATS = (
-    "`log_step` has nothing to log because there was no `update`; call `update`, or use `activate` with a loss that "
-    "feeds the estimator. This warning comes once."
+    "`log_step` has nothing to log because there was no `update`; call `update`, use `activate` with a loss that feeds "
+    "the estimator, or watch a layer that runs in training mode, `forwards` times a step. This warning comes once."
 )
 
 
@@ -32,24 +35,32 @@ class Logged(NamedTuple):
     resumes: bool
 
 
-class Journal:
-    """Writes rows and checks batches once their figures are on the host, and watches the rows for alarms.
+class Told(NamedTuple):
+    """A step whose row was written."""
 
-    When `owner` is garbage collected, its rows are written. `notes` are warnings that the user has not seen yet.
+    step: int
+    figures: Figures
+    alarms: tuple[Alarm, ...]
+
+
+class Journal:
+    """Writes and tracks rows and checks batches once figures are on the host, and watches the rows for alarms.
+
+    When `owner` is garbage collected, its rows are written.
     """
 
-    def __init__(self, owner: object, recorder: Recorder, notes: list[str], *, extra: bool, on_alarm: OnAlarm) -> None:
-        if on_alarm is not None and not callable(on_alarm):
-            raise TypeError(f"`on_alarm` must be a function of an alarm, or None, got {on_alarm!r}.")
-        if on_alarm is not None and not extra:
-            raise ValueError("`extra` must be true with `on_alarm`, since alarms rest on these figures, got False.")
-        self._recorder, self._notes, self._extra = recorder, notes, extra
+    def __init__(self, owner: View, recorder: Recorder, *, on_alarm: OnAlarm, tracker: Tracker) -> None:
+        self._recorder, self._extra = recorder, owner.config.extra
+        self._notes = owner._mixture.notes  # warnings that the user has not seen yet
         self.reports: Arrivals[Report] = Arrivals(recorder.turn)  # of updates, whose batches are checked then
         self.rows: Arrivals[Logged] = Arrivals(recorder.turn)
         self._resumes = False  # whether the next row is the first one after a checkpoint was loaded
         self._noted: set[str] = set()
-        self._watch = Watch(on_alarm, self.note)
-        self._newest: Logged | None = None  # the last row that was written
+        self._watch, self._outlet = Watch(on_alarm, self.note), Outlet(tracker, self.note)
+        self._has_reader = recorder.has_folder or on_alarm is not None or tracker is not None
+        self._untold: deque[Told] = deque()
+        self._done: Logged | None = None  # the last row that was written
+        self._newest: Logged | None = None  # the last one with the figures that alarms rest on
         self._taken: Logged | None = None  # the same at the last snapshot
         self._axes: Tensor | None = None  # of the last snapshot
         self._n_steps = 0  # at the last snapshot or, if the folder has none, of the checkpoint that was loaded
@@ -58,6 +69,7 @@ class Journal:
     def resume(self, n_steps: int) -> None:
         """Continues from a checkpoint at `n_steps`; the next row supersedes all rows at or after it."""
         self._resumes, self._n_steps, self._newest = True, n_steps, None
+        self._recorder.existing = "append"
 
     def log(self, stats: Mapping[str, Tensor], report: Report | None, step: int, epoch: int) -> None:
         """Writes a row when its report is here; None makes a report of the statistics."""
@@ -65,7 +77,7 @@ class Journal:
         check_loggable(stats, stores_scores=stores)
         if report is not None:
             report.step = step
-        if self._recorder.open():
+        if self._has_reader and self._recorder.open():
             if report is None:
                 with full_float32(stats["R"] if "R" in stats else stats["pi"]):
                     report = Report.of(stats, extra=self._extra)
@@ -80,7 +92,10 @@ class Journal:
         try:
             self.rows.settle(self._write, but=but)
         finally:
-            self.reports.settle(self._check, but=but)
+            try:
+                self.reports.settle(self._check, but=but)
+            finally:
+                self._tell()
 
     def take_snapshot(self, view: View, *, flushes: bool = False) -> None:
         """Writes a snapshot of an estimator's mixture if one is due and a row has been written since the last one."""
@@ -105,7 +120,9 @@ class Journal:
             return
         self._taken, self._axes, self._n_steps = self._newest, entry["axes"], progress.n_steps
         self._watch.excess = entry["excess"]
-        self._recorder.write_snapshot({"step": row.step, "epoch": row.epoch, "n_steps": progress.n_steps, **entry})
+        entry = {"step": row.step, "epoch": row.epoch, "n_steps": progress.n_steps, **entry}
+        self._recorder.write_snapshot(entry)
+        self._outlet.snapshot(entry)
 
     def flush(self, view: View) -> None:
         """Completes all files, with a snapshot if one is due."""
@@ -118,7 +135,7 @@ class Journal:
         self.settle()
         last: Mapping[str, Any] | None = None
         try:
-            last = state_dict() if self._extra and self._recorder.is_ours else None
+            last = state_dict() if self._extra and self._recorder.has_folder and self._recorder.is_ours else None
         except (MemoryError, RuntimeError) as error:
             self.note("last", f"`{LAST_FILE}` was not written: {text_of(error).rstrip('.')}.")
         self._recorder.close(last=last)
@@ -143,8 +160,27 @@ class Journal:
     def _write(self, logged: Logged) -> None:
         row, figures = logged.row(), logged.report.figures
         self._recorder.write(row)
-        if not (self._extra and figures.pi) or logged is self._newest:  # it comes again after an interrupt
+        if logged is self._done:  # it comes again after an interrupt
             return
+        alarms = self._see(logged) if self._extra and figures.pi else ()
+        self._done = logged
+        self._untold.append(Told(row.step, figures, alarms))
+
+    def _tell(self) -> None:
+        """Calls the user's functions, without the lock of `settle`: they may wait for threads that need it."""
+        while self._untold:
+            try:
+                told = self._untold.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._outlet.row(told.figures, told.step)
+            for alarm in told.alarms:
+                self._watch.tell(alarm)
+                self._outlet.alarm(alarm)
+
+    def _see(self, logged: Logged) -> tuple[Alarm, ...]:
+        """Returns the alarms that a row raises."""
+        row, figures = logged.row(), logged.report.figures
         if logged.resumes:
             rows, snapshots = self._recorder.read(before=(row.epoch, row.step))
             self._watch.replay(rows, snapshots, D=logged.report.D)
@@ -153,8 +189,7 @@ class Journal:
         shared = {"step": row.step, "trace_B": row.trace_B, "opnorm_B": row.opnorm_B}
         alarms = self._watch.see(figures.extra | shared, D=logged.report.D)
         self._newest = logged  # before `on_alarm`, which may load a checkpoint
-        for alarm in alarms:
-            self._watch.tell(alarm)
+        return alarms
 
     def _check(self, report: Report) -> None:
         at = " at an update that was not logged" if report.step is None else f" at step {report.step}"

@@ -1,5 +1,6 @@
 """What can be read from an estimator: its options, its state and its last statistics."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
 import attrs
@@ -22,6 +23,30 @@ DISABLED = (
 )
 
 
+def as_config(config: Any) -> MixtureRuntimeConfig:
+    """Returns a configuration, or that in a mapping; raises a TypeError for anything else."""
+    if isinstance(config, Mapping):
+        return MixtureRuntimeConfig.from_mapping(config)
+    if not isinstance(config, MixtureRuntimeConfig):
+        raise TypeError(f"`config` must be a MixtureRuntimeConfig or a mapping, got {config!r}.")
+    return config
+
+
+def check_process(config: MixtureRuntimeConfig, *, log_dir: Any, is_main: Any, on_alarm: Any, tracker: Any) -> None:
+    """Raises a TypeError or ValueError if an option of the process is wrong, or others have no effect with it."""
+    if is_main is not None and not isinstance(is_main, bool):
+        raise TypeError(f"`is_main` must be true, false or None, got {is_main!r}.")
+    if on_alarm is not None and not callable(on_alarm):
+        raise TypeError(f"`on_alarm` must be a function of an alarm, or None, got {on_alarm!r}.")
+    for name, value in (("on_alarm", on_alarm), ("snapshot_every", config.snapshot_every)):
+        if value is not None and not config.extra:
+            raise ValueError(f"`extra` must be true with `{name}`, which rests on these figures, got False.")
+    needs_folder = {"store_scores": config.store_scores, "snapshot_every": config.snapshot_every and tracker is None}
+    if log_dir is None and config.enabled and is_main is not False:
+        for name in [name for name, needs in needs_folder.items() if needs]:
+            raise ValueError(f"`log_dir` must be given with `{name}`, got None.")
+
+
 class View:
     """The part of an estimator that changes nothing."""
 
@@ -32,7 +57,7 @@ class View:
 
     @property
     def config(self) -> MixtureRuntimeConfig:
-        """All options but `log_dir`, `is_main` and `process_group`."""
+        """All options that a configuration file can set."""
         return self._config
 
     @property

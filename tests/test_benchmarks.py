@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_training, cases, pages
+from benchmarks import bench_training, cases, pages, pictures
 from benchmarks.__main__ import main
 from benchmarks.bench_growth import slope
 from benchmarks.cases import Ours, Size
@@ -49,6 +49,13 @@ def test_figures_lie_beside_the_page(tmp_path: Path) -> None:
     (picture,) = tmp_path.glob("*.png")
     assert f"![Curve]({picture.name})" in text
     assert picture.read_bytes() == b"png"
+
+
+def test_pictures_of_the_front_page_are_drawn(tmp_path: Path) -> None:
+    pictures.main(["--out", str(tmp_path), "--epochs", "2"])
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"healthy.png", "class-gone.png"}
+    assert 10_000 < min(sizes.values()) < max(sizes.values()) < 200_000
 
 
 def test_paired_interval_of_known_differences() -> None:

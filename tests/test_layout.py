@@ -147,9 +147,18 @@ def test_wings_never_import_each_other() -> None:
     for wing, others in (("files", ("update", "estimator")), ("update", ("files", "estimator"))):
         for path in files(WRAPPER / wing):
             names = {name.split(".")[1] for name in imported(path) if name.startswith("mixture_torch.")}
-            assert not names & {*others, "app"}, path
+            assert not names & {*others, "app", "integrations"}, path
             if wing == "files":
                 assert names <= {"files"}, path
+
+
+def test_what_shows_a_run_is_above_what_writes_it() -> None:
+    shows = ("mixture_torch.report", "mixture_torch.integrations")
+    for path in [*files(WRAPPER / "files"), *files(WRAPPER / "update"), *WRAPPER.glob("[!_]*.py")]:
+        assert not [name for name in imported(path) if name.startswith(shows)], path
+    for path in files(WRAPPER / "report"):
+        names = {name.split(".")[1] for name in imported(path) if name.startswith("mixture_torch.")}
+        assert names <= {"files", "update", "report"}, path
 
 
 def test_disk_knows_nothing_of_the_rest() -> None:
@@ -160,6 +169,13 @@ def test_disk_knows_nothing_of_the_rest() -> None:
 @pytest.mark.parametrize("path", [path for path in files(WRAPPER) if "app" not in path.parts], ids=ids)
 def test_wrapper_never_needs_its_application_to_be_imported(path: Path) -> None:
     assert not [name for name in imported_at_run_time(path) if name.startswith("mixture_torch.app")]
+
+
+def test_only_integrations_import_a_training_framework() -> None:
+    frameworks = {"lightning", "pytorch_lightning", "transformers", "sentence_transformers", "datasets", "accelerate"}
+    for path in files(WRAPPER):
+        names = {name.split(".")[0] for name in imported(path)} & frameworks
+        assert names <= ({path.stem} if "integrations" in path.parts else set()), path
 
 
 @pytest.mark.parametrize("path", files(WRAPPER), ids=ids)

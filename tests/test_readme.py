@@ -14,11 +14,13 @@ from torch import nn
 from benchmarks.__main__ import main as benchmarks
 from mixture_torch import MixtureRuntimeConfig, MixtureStats, NTXentLoss
 from mixture_torch.__main__ import main
+from tests.integrations.readme import Pooled, lightning_module
 
 ROOT = Path(__file__).parent.parent
+INTEGRATIONS = ROOT / "mixture_torch" / "integrations" / "README.md"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), INTEGRATIONS]
 }
 README = PAGES["README.md"]
 
@@ -46,27 +48,41 @@ def training_loop() -> dict[str, object]:
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "loader": [(torch.randn(40, 12), torch.randn(40, 12)) for _ in range(3)],
         "criterion": NTXentLoss(),
+        "transformers_model": Pooled(),
+        "dataset": [{"x": torch.randn(12)} for _ in range(64)],
     }
 
 
 def test_repository_has_a_readme_per_folder() -> None:
     assert set(PAGES) == {"README.md"} | {
-        f"{folder}/README.md" for folder in ("mixture_core", "mixture_torch", "tests", "benchmarks")
+        f"{folder}/README.md"
+        for folder in ("mixture_core", "mixture_torch", "mixture_torch/integrations", "tests", "benchmarks")
     }
 
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_of_every_readme_runs(code: str, training_loop: dict[str, object], tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for package in re.findall(r"integrations\.(lightning|transformers) import", code):
+        pytest.importorskip(package)
+        if package == "lightning":
+            training_loop["lightning_module"] = lightning_module()
     exec(compile(code, "README.md", "exec"), training_loop)
+
+
+def test_integrating_takes_at_most_three_lines() -> None:
+    stacks = INTEGRATIONS.read_text(encoding="utf-8").split("# Other people's training")[0].split("\n## ")[1:]
+    added = {stack.splitlines()[0]: stack.count("  # +\n") for stack in stacks}
+    assert set(added) == {"Plain loop", "Lightning", "Transformers"}
+    assert all(1 <= lines <= 3 for lines in added.values())
 
 
 @pytest.mark.parametrize("text", blocks("sh"))
 def test_commands_of_every_readme_exist(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     for command in re.split(r"\n| && ", text.strip()):
-        words = shlex.split(command)
-        if "demo" in words:
-            assert main([*words[words.index("demo") :], "--help"]) == 0
+        words = shlex.split(command, comments=True)
+        if words[0] == "mixture-diagnostics" or "demo" in words:
+            assert main([*words[1 if words[0] == "mixture-diagnostics" else words.index("demo") :], "--help"]) == 0
         elif words[:3] == ["python", "-m", "benchmarks"]:
             with pytest.raises(SystemExit, match="0"):
                 benchmarks([*words[3:], "--help"])
@@ -80,9 +96,10 @@ def test_commands_of_every_readme_exist(text: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_every_readme_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
         path, _, heading = target.partition("#")
-        found = (ROOT / page).parent / path
+        found = (ROOT / page).parent / path if path else ROOT / page
         assert found.exists(), target
         if heading:
             assert re.search(rf"^#+ {heading}$", found.read_text(encoding="utf-8"), re.IGNORECASE | re.MULTILINE), (

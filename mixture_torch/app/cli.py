@@ -13,18 +13,19 @@ from rich.progress import Progress, TextColumn
 
 from mixture_core.config import shown
 from mixture_torch.app.demo import MIXTURE, DemoConfig, Job, check, prepare
-from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, find_run_folder, make_run_folder
+from mixture_torch.app.faults import FAULTS
+from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, REPORT_FILE, find_run_folder, make_run_folder
 from mixture_torch.app.messages import complain, one_line_errors, one_line_warnings
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
+from mixture_torch.app.view import INTERRUPTED, add_to, print_verdicts, run_app, write_page
 from mixture_torch.config import MixtureRuntimeConfig, find_block, parse_yaml, refuse_unknown
 from mixture_torch.files.disk import write_atomically
 from mixture_torch.files.log import LOG_FILE
+from mixture_torch.report.run import read_run
 
 DEFAULTS = DemoConfig()
-BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # path of each block of options, by its first key
-INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
+BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # path of each block of options, by first key
 
 # Markup would drop `[default: 80]` as an unknown style.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -34,20 +35,14 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0; 2 after an error, in one line; or 130 after Ctrl-C.
 
     Args:
-        arguments: The words after the program's name; None takes them from the process.
+        arguments: The words after the program's name; None means `sys.argv[1:]`.
     """
-    try:
-        return app(arguments, prog_name="mixture-diagnostics", standalone_mode=False) or 0
-    except typer.Abort:
-        return INTERRUPTED
-    except UsageError as error:
-        complain(error.format_message())  # type: ignore[attr-defined]  # see UsageError
-        return 2
+    return run_app(app, arguments)
 
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """Diagnostics of a training run: a K-component Gaussian mixture of its embeddings at every step."""
+    """Diagnoses training runs: fits a mixture of K Gaussians to the embeddings at each step."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -66,11 +61,14 @@ def demo(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help=f"Passes over the images. [default: {DEFAULTS.epochs}]")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Images per step, on all processes. [default: {DEFAULTS.batch_size}]")
+        int | None, typer.Option(help=f"Images per step, over all processes. [default: {DEFAULTS.batch_size}]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help=f"Seed of all random numbers. [default: {DEFAULTS.seed}]")] = None,
     device: Annotated[
-        str | None, typer.Option(help=f"A device of torch, such as cpu or cuda. [default: {DEFAULTS.device}]")
+        str | None, typer.Option(help=f"Torch device, such as cpu or cuda. [default: {DEFAULTS.device}]")
+    ] = None,
+    fault: Annotated[
+        str | None, typer.Option(help=f"What goes wrong: {', '.join(FAULTS)}. [default: {DEFAULTS.fault}]")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in `--out`, or the newest run in runs/.")
@@ -80,7 +78,7 @@ def demo(
 
     On several processes: torchrun --nproc-per-node 2 -m mixture_torch demo
     """
-    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "device": device}
+    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "device": device, "fault": fault}
     is_main = current_place().rank == 0
     with one_line_errors():
         folder = find_run_folder(out) if resume else None
@@ -94,6 +92,10 @@ def demo(
             folder = make_run_folder(out)
             document = yaml.safe_dump(to_mapping(settings, mixture), sort_keys=False)
             write_atomically(folder / CONFIG_FILE, document.encode())
+    if is_main and settings.fault != "none":
+        wrong = FAULTS[settings.fault]
+        since = f"after {100 * wrong.onset:.0f} % of the epochs" if wrong.onset else "from the first step on"
+        typer.echo(f"This run goes wrong: {wrong.summary}, {since}.")
     with one_line_warnings(), process_group(pick_device(settings.device)):
         with one_line_errors():
             job = prepare(settings, mixture, log_dir=folder, resume=resume)
@@ -113,17 +115,20 @@ def demo(
             _tell(job, folder)
 
 
+add_to(app)
+
+
 def resolve(
     files: Iterable[Path], overrides: Iterable[str], options: Mapping[str, Any]
 ) -> tuple[DemoConfig, MixtureRuntimeConfig]:
     """Returns the configuration of a run.
 
-    The files override the demo's defaults, `--set` overrides the files, and the other options override all.
+    Files override the demo's defaults, `--set` overrides files, and the other options override both.
 
     Args:
         files: YAML files with a block `runtime: mixture:` or `demo:` or both; other keys are ignored.
         overrides: Options such as `runtime.mixture.K=12`.
-        options: Options of the block `demo:`; None is an option that was not given.
+        options: Options of the block `demo:`; None if not given.
 
     Raises:
         OSError: A file cannot be read.
@@ -138,12 +143,12 @@ def resolve(
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: str = "") -> None:
-    """Checks that a run is resumed with its own configuration; only the device may change.
+    """Checks that a resumed run keeps its configuration; only the device may change.
 
     Args:
         before: The configuration of the run, from `to_mapping`.
         now: The configuration to resume with, with the same keys.
-        block: The path of the two in the configuration.
+        block: Where both are in the configuration, such as `runtime.mixture.`.
 
     Raises:
         ValueError: An option has changed.
@@ -153,8 +158,8 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: 
             refuse_changes(value, now[key], block=f"{block}{key}.")
         elif key != "device" and value != now[key]:
             raise ValueError(
-                f"`{block}{key}` of a resumed run must stay {value!r}, got {now[key]!r}; leave it out or start "
-                "another run without `--resume`."
+                f"`{block}{key}` of a resumed run must stay {value!r}, got {now[key]!r}; leave it out, or start a new "
+                "run without `--resume`."
             )
 
 
@@ -205,10 +210,23 @@ def _tell(job: Job, folder: Path) -> None:
     if world > 1:
         whose = "all ranks" if job.estimator.config.cross_rank else "rank 0"
         typer.echo(
-            f"{world} processes: each contrasts views within its own share of a batch; the mixture is of {whose}."
+            f"{world} processes: each has its own part of the batch and its negatives; the mixture covers {whose}."
         )
     if job.estimator.enabled:
         Console().print(render(job.report()))
         typer.echo(f"Diagnostics: {folder / LOG_FILE} has one row per step, {job.n_steps} in all.")
+        _conclude(folder)
     else:
         typer.echo("Diagnostics are off: `runtime.mixture.enabled` is false.")
+
+
+def _conclude(folder: Path) -> None:
+    """Prints the verdicts on a finished run, writes its report, and prints the path."""
+    try:
+        run = read_run(folder)
+        print_verdicts(run)
+        write_page(folder / REPORT_FILE, run)
+    except (OSError, ValueError, ImportError) as error:
+        typer.echo(f"There is no report: {error}")
+    else:
+        typer.echo(f"Report: {folder / REPORT_FILE}")

@@ -1,17 +1,17 @@
 """The demo: SimCLR on the 1,797 handwritten digits that ship with scikit-learn, with mixture diagnostics."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from mixture_core.config import as_integer, integer, string
+from mixture_core.config import as_integer, integer, one_of, string
+from mixture_torch.app.digits import N_DIGITS, load_images, view
+from mixture_torch.app.faults import FAULTS, unchanged
 from mixture_torch.app.folders import CHECKPOINT_FILE
 from mixture_torch.app.report import Report, summarise
 from mixture_torch.app.training import (
@@ -29,16 +29,8 @@ from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.estimator import MixtureStats
 from mixture_torch.losses import NTXentLoss
 
-N_DIGITS = 10
 # The embeddings move fast in a run of 240 steps: at 0.95 the means lag, and inertia rises to 1.09 times the best.
 MIXTURE = MixtureRuntimeConfig(enabled=True, K=N_DIGITS, ema_decay=0.9)
-
-# Stronger augmentations blur the digits for k-means.
-ROTATION = 10.0  # degrees either way
-SHIFT = 0.3  # pixels either way, of 8
-NOISE = 0.1  # standard deviation; ink is 1
-ERASED = 2  # side of the erased square, in pixels
-ERASE_SHARE = 0.5  # of the views
 
 WIDTH = 256  # of the encoder's hidden layers
 EMBEDDING = 32  # D
@@ -64,6 +56,8 @@ class DemoConfig:
     seed: int = attrs.field(default=0, converter=as_integer, validator=integer(at_least=0, at_most=2**63 - 1))
     # `auto`, or a device name of torch.
     device: str = attrs.field(default="auto", validator=string)
+    # What goes wrong in the training, on purpose: a name in `FAULTS`.
+    fault: str = attrs.field(default="none", validator=one_of(*FAULTS))
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -102,9 +96,9 @@ def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
 
     Raises:
         ValueError: The batch is too small for the ranks or larger than the data, K is too small for the ten digits as
-            labels, or the device is not available.
+            labels, the run is too short for its fault, or the device is not available.
     """
-    place, n_images = current_place(), len(load_digits().target)
+    place, n_images = current_place(), len(load_images(torch.device("cpu"))[0])
     if not 2 * place.world <= demo.batch_size <= n_images:
         raise ValueError(
             f"`batch_size` must be at least 2 for each of {place.world} processes and at most {n_images}, "
@@ -112,6 +106,11 @@ def check(demo: DemoConfig, mixture: MixtureRuntimeConfig) -> None:
         )
     if mixture.enabled and mixture.uses_labels and mixture.K < N_DIGITS:
         raise ValueError(f"`K` must be at least {N_DIGITS} with the ten digits as labels, got {mixture.K}.")
+    fault = FAULTS[demo.fault]
+    if fault.onset and not fault.begins(demo.epochs):
+        raise ValueError(
+            f"`epochs` must be at least 2 with the fault {demo.fault}, which comes later, got {demo.epochs}."
+        )
     pick_device(demo.device)
 
 
@@ -139,7 +138,10 @@ def prepare(
     model, is_main = synchronised(encoder), place.rank == 0
     n_batches = len(images) // _global_batch(demo, place)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=demo.epochs * n_batches)
+    fault = FAULTS[demo.fault]
+    onset = fault.begins(demo.epochs)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=demo.epochs * n_batches)
+    schedule = fault.schedule_after(cosine, step=onset * n_batches)
     estimator = MixtureStats.from_config(mixture, log_dir=log_dir, is_main=is_main)
     checkpoint = None if log_dir is None else log_dir / CHECKPOINT_FILE
     start = BEGINNING
@@ -148,7 +150,7 @@ def prepare(
     steps = train(
         model,
         epochs_of_views(images, digits, demo, place),
-        loss=NTXentLoss(TEMPERATURE),
+        loss=fault.loss_after(NTXentLoss(TEMPERATURE), n_steps=max(0, onset - start.epoch) * n_batches),
         optimizer=optimizer,
         schedule=schedule,
         estimator=estimator,
@@ -164,13 +166,6 @@ def prepare(
         n_done=start.step,
         steps=steps,
     )
-
-
-def load_images(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the images, (1797, 1, 8, 8) float32, paper 0 and ink 1, and their digits, (1797,) int64."""
-    data = load_digits()
-    images = torch.as_tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
-    return images, torch.as_tensor(data.target, dtype=torch.int64, device=device)
 
 
 def make_encoder(*, seed: int) -> nn.Module:
@@ -213,45 +208,13 @@ def epochs_of_views(images: Tensor, digits: Tensor, demo: DemoConfig, place: Pla
     chance = torch.Generator(images.device).manual_seed(demo.seed + 1 + place.rank)
     size = _global_batch(demo, place)
     n_batches = len(images) // size
-    for _ in range(demo.epochs):
+    fault = FAULTS[demo.fault]
+    for epoch in range(demo.epochs):
         shuffled = torch.randperm(len(images), generator=order)[: n_batches * size].to(images.device)
         own = shuffled.view(n_batches, place.world, -1)[:, place.rank]
-        yield (
-            Batch(view(images[rows], generator=chance), view(images[rows], generator=chance), digits[rows])
-            for rows in own
-        )
+        change = fault.batch if epoch >= fault.begins(demo.epochs) else unchanged
+        yield (change(_views(images[rows], digits[rows], chance), images[rows], chance) for rows in own)
 
 
-def view(images: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Returns a random view of each image, (N, 1, H, W): rotated, shifted, noisy, and some with a square erased.
-
-    Args:
-        images: (N, 1, H, W).
-        generator: The source of randomness, on the images' device.
-    """
-    moved = _turn_and_shift(images, generator)
-    noise = torch.randn(moved.shape, generator=generator, device=moved.device)
-    return _erase(moved + NOISE * noise, generator)
-
-
-def _turn_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    N, _, H, W = images.shape
-    turn, right, down = 2 * torch.rand((3, N), generator=generator, device=images.device) - 1
-    angle = math.radians(ROTATION) * turn
-    cos, sin = angle.cos(), angle.sin()
-    # In affine_grid an image spans -1 to 1, so a pixel is 2 / W wide.
-    rows = [torch.stack([cos, -sin, 2 * SHIFT / W * right], 1), torch.stack([sin, cos, 2 * SHIFT / H * down], 1)]
-    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, align_corners=False)
-
-
-def _erase(images: Tensor, generator: torch.Generator) -> Tensor:
-    N, _, H, W = images.shape
-    device = images.device
-    chosen = torch.rand((N, 1), generator=generator, device=device) < ERASE_SHARE
-    top = torch.randint(H - ERASED + 1, (N, 1), generator=generator, device=device)
-    left = torch.randint(W - ERASED + 1, (N, 1), generator=generator, device=device)
-    y, x = torch.arange(H, device=device), torch.arange(W, device=device)
-    in_rows = chosen & (top <= y) & (y < top + ERASED)  # (N, H)
-    in_columns = (left <= x) & (x < left + ERASED)  # (N, W)
-    return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+def _views(images: Tensor, digits: Tensor, chance: torch.Generator) -> Batch:
+    return Batch(view(images, generator=chance), view(images, generator=chance), digits)

@@ -14,7 +14,10 @@ DEFAULT_FOLDER = Path("runs/demo")
 NUMBERED = re.compile(rf"{DEFAULT_FOLDER.name}(-\d+)?")
 CONFIG_FILE = "config.yaml"  # the first file that a run writes
 CHECKPOINT_FILE = "checkpoint.pt"
-WRITTEN = (CONFIG_FILE, CHECKPOINT_FILE, LOG_FILE, EXTRA_FILE, SCORES_FILE, SHARD_FOLDER, SNAPSHOT_FOLDER)
+REPORT_FILE = "report.html"
+WRITTEN = (
+    CONFIG_FILE, CHECKPOINT_FILE, LOG_FILE, EXTRA_FILE, SCORES_FILE, SHARD_FOLDER, SNAPSHOT_FOLDER, REPORT_FILE
+)  # fmt: skip
 
 
 def make_run_folder(out: Path | None) -> Path:

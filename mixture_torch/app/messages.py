@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from mixture_torch.app.training import current_place
+from mixture_torch.report.run import printable
 
 
 def complain(message: str) -> None:
@@ -50,4 +51,4 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def _say(kind: str, message: str) -> None:
-    print(kind, " ".join(message.split()), file=sys.stderr)
+    print(kind, printable(" ".join(message.split())), file=sys.stderr)

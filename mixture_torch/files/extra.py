@@ -1,5 +1,6 @@
 """`mixture_extra.csv`: further figures of each logged step, with three columns per component."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixture_torch.files.disk import set_aside
-from mixture_torch.files.log import Lines, Position, RowsFile, read_lines, read_table
+from mixture_torch.files.log import Lines, Position, RowsFile, found, read_lines, read_table
 
 EXTRA_FILE = "mixture_extra.csv"
 INTEGERS = ("step", "epoch", "n_rows", "n_ignored", "n_relocated")
@@ -66,7 +67,7 @@ class ExtraFile(RowsFile):
         return super().look()
 
 
-def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
+def read_extra(log_dir: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
     """Returns the columns of `mixture_extra.csv` by name, as arrays of (steps,); otherwise see `read_log`.
 
     Three are (steps, K): `pi`, the weights; `n`, the rows of the step in each component; `rel`, tr Sigma_k / tr T.
@@ -83,9 +84,7 @@ def read_extra(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
         >>> read_extra(folder)["n"].sum(axis=1)  # rows of each step
         array([64., 64., 64.])
     """
-    path = Path(log_dir) / EXTRA_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"`{log_dir}` has no `{EXTRA_FILE}`; was `extra` on?")
+    path = found(log_dir, EXTRA_FILE, "`extra` on")
     K = K_of(path)
     single = [(name, np.int64 if name in INTEGERS else np.float64) for name in INTEGERS + FIGURES]
     return read_table(path, extra_header(K), [*single, *((name, np.float64, (K,)) for name in PER_COMPONENT)])

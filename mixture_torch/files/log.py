@@ -3,6 +3,7 @@
 Rows that a resumed run logs again, and torn rows, are moved to `mixture.superseded-1.csv`, `-2` and so on.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mixture_torch.files.disk import GrowingFile, superseded, write_atomically
+from mixture_torch.files.disk import GrowingFile, set_aside, superseded, write_atomically
 
 LOG_FILE = "mixture.csv"
 FIGURES = ("pi_min", "pi_max", "trace_B", "opnorm_B")
@@ -22,6 +23,7 @@ COLUMNS = dict.fromkeys(("step", "epoch", "K"), np.int64) | dict.fromkeys(FIGURE
 HEADER = ",".join(COLUMNS).encode("ascii")
 
 Mode = Literal["append", "per_step"]
+Existing = Literal["append", "aside", "refuse"]
 Position = tuple[int, int]  # (epoch, step)
 NOWHERE = (-1, -1)  # before all others
 
@@ -38,14 +40,12 @@ class Row:
     trace_B: float
     opnorm_B: float
     R: Tensor | None = None  # (N, K) responsibilities to store; None once they are
-    resumes: bool = False  # whether earlier rows at this (epoch, step) or later are still to be superseded
+    resumes: bool = False  # whether it supersedes earlier rows at this (epoch, step) or later
     extra: tuple[float, ...] | None = None  # its row of `mixture_extra.csv` after step and epoch; None for no row
     # What follows is for the run folder.
     scores_mode: Mode | None = None
     kept_bytes: int = 0  # of a copy of R
     ends: dict[GrowingFile, int] = field(default_factory=dict)  # where files ended before the row
-    number: int = 0  # N of the `superseded-N` files for what it replaces; 0 before they are begun
-    moved: int = 0  # entries of responsibilities in these files
 
     def lacks(self, file: GrowingFile) -> bool:
         """Returns whether the row is not in an open file yet; an interrupt may have come right after the write."""
@@ -75,7 +75,7 @@ class RowsFile(GrowingFile):
 
     def __init__(self, path: Path, header: bytes, *, say: Callable[[str], None]) -> None:
         super().__init__(path, header=header + b"\n", say=say)
-        self.last = NOWHERE  # position of the last row of the open file
+        self.last = b""  # row of the open file
         self._line_end = b"\n"
 
     def read(self) -> Lines:
@@ -86,7 +86,7 @@ class RowsFile(GrowingFile):
         """Returns how many bytes are header and rows; sets a torn row aside."""
         header, rows, rest = self.read()
         self._line_end = b"\r\n" if header.endswith(b"\r\n") else b"\n"
-        self.last = position_of(rows[-1]) if rows else NOWHERE
+        self.last = rows[-1] if rows else b""
         size, torn = len(header) + sum(map(len, rows)), rest.rstrip(b"\0")
         if header and torn and size != self.end:  # where this object stopped, it is of a row that is still kept
             aside = self.unused()
@@ -107,8 +107,9 @@ class RowsFile(GrowingFile):
         """Writes one row to the open file: integers in full, other numbers with nine digits."""
         numbers = (step, epoch, *others)
         form = ",".join(["%d" if isinstance(number, int) else "%.9g" for number in numbers])
-        self.put((form % numbers).encode("ascii") + self._line_end)
-        self.last = epoch, step
+        row = (form % numbers).encode("ascii") + self._line_end
+        self.put(row)
+        self.last = row
 
     def steps_from(self, position: Position) -> set[int]:
         """Returns the steps of all rows at or after a position."""
@@ -125,27 +126,31 @@ class RowsFile(GrowingFile):
         header, rows, _ = self.read()
         moved = [row for row in rows if position_of(row) >= position]
         if moved:
-            kept = [row for row in rows if position_of(row) < position]
-            write_atomically(superseded(self.path, number), header + b"".join(moved), durable=True)
-            write_atomically(self.path, header + b"".join(kept), durable=True)
-            self.open()
+            aside, kept = superseded(self.path, number), [row for row in rows if position_of(row) < position]
+            if kept:
+                write_atomically(aside, header + b"".join(moved), durable=True)
+                write_atomically(self.path, header + b"".join(kept), durable=True)
+            else:
+                self.sync()
+                self.close()
+                set_aside(self.path, aside)
         return len(moved)
 
 
-def read_log(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
+def read_log(log_dir: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
     """Returns `mixture.csv` as one array per column, with one element per logged step.
 
     A last row without a newline, as after a crash, is left out. Reading changes no file and may be done while the
     run still writes.
 
     Args:
-        log_dir: The run folder, as given to the estimator.
+        log_dir: The run folder, as given to the estimator, or the file itself.
 
     Returns:
         `step`, `epoch` and `K` as int64; `pi_min`, `pi_max`, `trace_B` and `opnorm_B` as float64.
 
     Raises:
-        FileNotFoundError: The folder has no `mixture.csv`.
+        FileNotFoundError: There is no such folder, or it has no `mixture.csv`.
         ValueError: The file is another program's, or a row is not seven numbers.
 
     Example:
@@ -160,10 +165,19 @@ def read_log(log_dir: str | Path) -> dict[str, npt.NDArray[Any]]:
         >>> read_log(folder)["step"]
         array([0, 1, 2])
     """
-    path = Path(log_dir) / LOG_FILE
+    return read_table(found(log_dir, LOG_FILE, "a step logged"), HEADER, list(COLUMNS.items()))
+
+
+def found(place: str | os.PathLike[str], name: str, what: str) -> Path:
+    """Returns the path of a file of a run, of which `place` is the folder or the file itself."""
+    path = Path(place)
+    if path.is_file():
+        return path
     if not path.exists():
-        raise FileNotFoundError(f"`{log_dir}` has no `{LOG_FILE}`; was a step logged?")
-    return read_table(path, HEADER, list(COLUMNS.items()))
+        raise FileNotFoundError(f"There is no `{place}`.")
+    if not (path / name).exists():
+        raise FileNotFoundError(f"`{place}` has no `{name}`; was {what}?")
+    return path / name
 
 
 def read_table(path: Path, header: bytes, columns: list[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -193,7 +207,7 @@ def read_lines(path: Path, header: bytes) -> Lines:
     if begin.startswith(written) and written != begin:  # nothing, or a torn header
         return Lines(b"", [], data)
     if not written.startswith(begin):
-        first = written.split(b"\n", 1)[0][:80].decode("ascii", errors="backslashreplace")
+        first = written.split(b"\n", 1)[0][:80].decode("latin-1").encode("unicode_escape").decode()
         raise ValueError(
             f"`{path}` begins with `{first}` instead of `{header.decode()}`; "
             "move the file away or choose another `log_dir`."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mixture_torch.files.extra import joined, read_extra
-from mixture_torch.files.log import Mode, Position, Row, read_log
+from mixture_torch.files.log import Existing, Mode, Position, Row, read_log
 from mixture_torch.files.run_folder import RunFolder
 from mixture_torch.files.snapshots import Snapshot, read_snapshots
 
@@ -25,6 +25,7 @@ class Recorder:
     Args:
         log_dir: The run folder. None writes nothing.
         scores_mode: How responsibilities are stored; None if they are not.
+        existing: What becomes of rows that the folder has before the first one of this estimator.
         writes: Returns whether this process writes. It is called once, at the first row.
         strict: Whether to raise an OSError if something cannot be written. In any case it is kept, and later calls try
             again to write it.
@@ -39,6 +40,7 @@ class Recorder:
         log_dir: str | os.PathLike[str] | None,
         *,
         scores_mode: Mode | None,
+        existing: Existing = "append",
         writes: Callable[[], bool],
         strict: bool,
     ) -> None:
@@ -48,7 +50,7 @@ class Recorder:
             raise ValueError("`log_dir` is empty; use `.` for the working directory, or None for no files.")
         # Absolute: the working directory may change before the first row.
         self._log_dir = None if log_dir is None else Path(log_dir).absolute()
-        self.scores_mode = scores_mode
+        self.scores_mode, self.existing = scores_mode, existing
         self._writes = cache(writes)
         self._strict = strict
         self._folder: RunFolder | None = None
@@ -68,24 +70,34 @@ class Recorder:
         Recorder._turn, Recorder._folders = threading.RLock(), weakref.WeakValueDictionary()
 
     @property
+    def has_folder(self) -> bool:
+        """Whether there is a run folder."""
+        return self._log_dir is not None
+
+    @property
     def is_ours(self) -> bool:
-        """Whether this process itself opened the folder, rather than its parent before a fork."""
+        """Whether this process itself called `open`, rather than its parent before a fork."""
         return self._opened_by == os.getpid()
 
     def open(self) -> bool:
-        """Opens the run folder unless it is open, and returns whether this process writes there.
+        """Opens the run folder, if there is one, unless it is open; returns whether this process writes.
 
         Raises:
-            ValueError: A file has another format, or another process has the folder. Nothing is changed.
+            ValueError: A file has another format, the folder has rows that `existing` refuses, or another process has
+                it. Nothing is changed.
         """
-        if self._log_dir is None or not self._writes():
+        if not self._writes():
             return False
+        if self._log_dir is None:
+            self._opened_by = os.getpid()
+            return True
         with self._turn:
             if self._folder is None or not self.is_ours:
                 place = os.path.realpath(self._log_dir)  # the same, whatever path leads there
                 self._folder = self._folders.setdefault(place, RunFolder(self._log_dir))
                 self._opened_by = os.getpid()
-            self._folder.join(self._user, self.scores_mode)
+            self._folder.join(self._user, self.scores_mode, self.existing)
+            self.existing = "append"  # from now on, the rows are its own
         return True
 
     def write(self, row: Row) -> None:
@@ -100,8 +112,9 @@ class Recorder:
         self._do(lambda folder: folder.write_snapshot(entry, self._user, strict=self._strict))
 
     def read(self, *, before: Position) -> tuple[Iterable[dict[str, Any]], list[Snapshot]]:
-        """Returns the rows before an (epoch, step), by column, and the snapshots; nothing if a file is unreadable."""
-        assert self._log_dir is not None
+        """Returns the rows before an (epoch, step), by column, and the snapshots; nothing if no file can be read."""
+        if self._log_dir is None:
+            return (), []
         try:
             rows = joined(read_log(self._log_dir), read_extra(self._log_dir), before=before)
         except (OSError, ValueError):  # a fault of the disk, of which `write` has warned

@@ -8,16 +8,15 @@ during another call, from a signal handler or garbage collection, only queues it
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mixture_torch.files.disk import superseded
+from mixture_torch.files.cut import Cut
 from mixture_torch.files.extra import EXTRA_FILE, ExtraFile
 from mixture_torch.files.lock import FolderLock
-from mixture_torch.files.log import HEADER, LOG_FILE, Mode, Row, RowsFile
+from mixture_torch.files.log import HEADER, LOG_FILE, NOWHERE, Existing, Mode, Row, RowsFile, position_of
 from mixture_torch.files.scores import SCORES_FILE, ScoresFile
 from mixture_torch.files.shards import SHARD_FOLDER, ShardFolder, copied, load_entry, save, score_entry
 from mixture_torch.files.snapshots import LAST_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot
@@ -40,32 +39,34 @@ class RunFolder:
         self._extra = ExtraFile(path / EXTRA_FILE, say=self.news.append)
         self._snapshots = ShardFolder(path / SNAPSHOT_FOLDER, load_snapshot, say=self.news.append)
         self._users: set[object] = set()
-        self._waiting: deque[Row | Snapshot] = deque()
+        self._waiting: deque[Row | Cut | Snapshot] = deque()
         self._written: Row | None = None  # the last one
         self._last: Mapping[str, Any] | None = None  # to be written as LAST_FILE
         self._kept_bytes = self._dropped = 0  # bytes of copied responsibilities; entries without room for one
         self._fault: str | None = None  # why the last attempt failed
         self._is_open = self._completes = False  # whether files are open, and whether they are to be completed
-        self._warned_of_order = False
+        self._warned_of: set[str] = set()
 
-    def join(self, user: object, scores_mode: Mode | None) -> None:
-        """Opens the folder for a user; ValueError, and no change, if another process has it or a file is foreign."""
+    def join(self, user: object, scores_mode: Mode | None, existing: Existing) -> None:
+        """Opens the folder for a user; ValueError, and no change, if its rows, its owner or a file forbid it."""
         if user in self._users:
             return
         if not self.is_busy:
-            self._open(scores_mode)
+            self._open(scores_mode, existing)
         if self._users:
             self.news.append(f"`{self._path}` is open in this process already; both estimators write to it.")
         else:
-            self._warned_of_order = False
+            self._warned_of.clear()
             self._extra.begin()
+            if existing == "aside":  # now: rows of a user that joins before the first row is here must stay
+                self._waiting.append(Cut(NOWHERE))
         self._users.add(user)
 
     def write(self, row: Row, scores_mode: Mode | None, *, strict: bool) -> None:
         """Writes a row after all that wait, unless it was given before; `strict` raises what the disk reports."""
         if row is not next((item for item in reversed(self._waiting) if isinstance(item, Row)), self._written):
             row.scores_mode = scores_mode
-            self._waiting.append(row)
+            self._waiting.extend([Cut((row.epoch, row.step)), row] if row.resumes else [row])
         try:
             self._work(strict=strict)
         finally:
@@ -75,7 +76,7 @@ class RunFolder:
         """Writes a snapshot after all that wait, if the folder is open for this user."""
         if user in self._users:
             self._waiting.append(copied(entry))
-            kept = [item for item in self._waiting if not isinstance(item, Row)]
+            kept = self._waiting_snapshots
             if len(kept) > MOST_SNAPSHOTS and not self.is_busy:
                 self._waiting.remove(kept[0])
             self._work(strict=strict)
@@ -94,13 +95,15 @@ class RunFolder:
         if not (for_good and self._users):  # otherwise the others will try again
             self._say_what_is_missing(for_good)
 
-    def _open(self, scores_mode: Mode | None) -> None:
+    def _open(self, scores_mode: Mode | None, existing: Existing) -> None:
         """Takes the folder and checks all files before one of them is changed."""
         try:
             self.is_busy = True
             with suppress(OSError):  # `write` will meet it again, and keeps the row
                 self.lock.acquire()
-                self._log.read()
+                if (rows := self._log.read().rows) and existing == "refuse":
+                    what = f"`{self._path}` already has {len(rows)} rows, and `existing` is `refuse`"
+                    raise ValueError(f"{what}; choose another `log_dir`, or load a checkpoint first.")
                 self._extra.read()
                 if scores_mode == "append":
                     self._scores.open()
@@ -141,9 +144,12 @@ class RunFolder:
             item = self._waiting[passed]
             self._is_open = True
             self.lock.acquire()
-            if isinstance(item, Row):
-                if passed and item.resumes:
+            if isinstance(item, Cut):
+                if passed:
                     return
+                self._save_last()  # of a user that has left
+                item.make((self._log, self._extra, self._scores, self._shards, self._snapshots), self.news.append)
+            elif isinstance(item, Row):
                 self._write_row(item)
                 self._written = item
             else:
@@ -158,8 +164,6 @@ class RunFolder:
         self._log.open()
         if row.extra is not None and not self._extra.open_for(row.K):
             row.extra = None
-        if row.resumes:
-            self._supersede(row)
         if row.R is not None:
             self._write_scores(row, row.R)
         if row.extra is not None and row.lacks(self._extra):
@@ -178,40 +182,25 @@ class RunFolder:
         self._kept_bytes -= row.kept_bytes
         row.R = None
 
-    def _supersede(self, row: Row) -> None:
-        """Moves what was recorded at or after a row to files of their own; may be called again after a fault."""
-        position = row.epoch, row.step
-        if self._extra.path.exists():
-            self._extra.open()  # sets a torn row aside first, under a number of its own
-        row.number = row.number or next(n for n in count(1) if not self._superseded(n))
-        steps = self._log.steps_from(position)
-        row.moved += self._shards.supersede(position, row.number, steps=steps)
-        self._snapshots.supersede(position, row.number, steps=steps)
-        self._extra.supersede(position, row.number)
-        try:
-            row.moved += self._scores.supersede(position, row.number)
-        except ValueError as error:  # a foreign file, which this run may not need
-            self.news.append(f"{error} It was left as it is.")
-        n_rows = self._log.supersede(position, row.number)  # last: it tells which shards to look at
-        row.resumes = False
-        if places := " and ".join(self._superseded(row.number)):
-            self.news.append(
-                f"`{self._path}` is resumed at step {row.step} of epoch {row.epoch}: {n_rows} later rows and "
-                f"{row.moved} entries of responsibilities were moved to {places}."
-            )
-
-    def _superseded(self, number: int) -> list[str]:
-        parts = self._log, self._extra, self._scores, self._shards, self._snapshots
-        return [f"`{path.name}`" for part in parts if (path := superseded(part.path, number)).exists()]
-
     def _check_order(self, row: Row) -> None:
-        epoch, step = self._log.last
-        if (row.epoch, row.step) <= (epoch, step) and not self._warned_of_order:
-            self._warned_of_order = True
-            self.news.append(
+        last = self._log.last
+        epoch, step = position_of(last)
+        if (row.epoch, row.step) <= (epoch, step):
+            self._warn(
+                "order",
                 f"`{self._path}` already has rows up to epoch {epoch}, step {step}; step {row.step} of epoch "
-                f"{row.epoch} is appended. To replace later rows, call `load_state_dict` before `log_step`."
+                f"{row.epoch} is appended. To replace later rows, call `load_state_dict` before `log_step`; to move "
+                'earlier runs to other files, use `existing="aside"`.',
             )
+        if (K := last.split(b",", 3)[2:3]) and K != [b"%d" % row.K]:
+            change = f"K={K[0].decode('ascii', 'replace')} to K={row.K} at step {row.step} of epoch {row.epoch}"
+            self._warn("K", f"`{self._log.path}` changes from {change}; use another `log_dir`.")
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Warns once of each kind."""
+        if kind not in self._warned_of:
+            self._warned_of.add(kind)
+            self.news.append(text)
 
     def _complete(self) -> None:
         asked, self._completes = self._completes, False
@@ -222,9 +211,7 @@ class RunFolder:
             self._log.sync()
             self._extra.sync()
             self._scores.flush()
-            if self._last is not None:
-                save(self._path / LAST_FILE, self._last)
-                self._last = None
+            self._save_last()
             self._is_open = bool(self._users)
         except BaseException:
             self._completes = True
@@ -234,6 +221,15 @@ class RunFolder:
                 for file in (self._scores, self._extra, self._log):
                     file.close()
                 self.lock.release()
+
+    def _save_last(self) -> None:
+        if self._last is not None:
+            save(self._path / LAST_FILE, self._last)
+            self._last = None
+
+    @property
+    def _waiting_snapshots(self) -> list[Snapshot]:
+        return [item for item in self._waiting if isinstance(item, dict)]
 
     def _keep_responsibilities(self) -> None:
         """Copies responsibilities that could not be written, as their owner may change them, up to MOST_KEPT bytes."""
@@ -250,7 +246,9 @@ class RunFolder:
         said, kept = [], "are kept in memory, and tried again at `log_step`, `flush` and `close`"
         if self._fault is not None:
             rows = [item for item in self._waiting if isinstance(item, Row)]
-            what = f"{len(rows)} rows and {sum(row.R is not None for row in rows)} entries of responsibilities"
+            n_entries, n_snapshots = sum(row.R is not None for row in rows), len(self._waiting_snapshots)
+            counts = (len(rows), "rows"), (n_entries, "entries of responsibilities"), (n_snapshots, "snapshots")
+            what = " and ".join(f"{n} {name}" for n, name in counts if n) or "the last changes"
             said.append(f"could not be written ({self._fault}): {what} {'are lost' if for_good else kept}")
         if self._dropped:
             said.append(f"lacks {self._dropped} entries of responsibilities, because more than 1 GiB was waiting")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mixture_torch.files.disk import GrowingFile, superseded, write_atomically
+from mixture_torch.files.disk import GrowingFile, set_aside, superseded, write_atomically
 from mixture_torch.files.scores_format import (
     HEADER,
     INDEX,
@@ -52,9 +52,13 @@ class ScoresFile(GrowingFile):
         records = list(unpacked(self._index))
         kept = [record for record in records if (record.epoch, record.step) < position]
         if moved := len(records) - len(kept):
-            write_atomically(
-                superseded(self.path, number), archive(self._entries(lambda at: at >= position)), durable=True
-            )
+            aside = superseded(self.path, number)
+            if not kept:
+                self.flush()
+                self.close()
+                set_aside(self.path, aside)
+                return moved
+            write_atomically(aside, archive(self._entries(lambda at: at >= position)), durable=True)
             if kept == records[: len(kept)]:
                 del self._index[len(kept) * INDEX.size :]
                 self.cut(records[len(kept)].offset)

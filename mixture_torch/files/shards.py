@@ -66,7 +66,7 @@ class ShardFolder:
         """
         shards = [(_step_of(path), path) for path in sorted(self.path.glob(SHARD_PATTERN))]
         near = [path for step, path in shards if step >= position[1] or step in steps]
-        moved = [path for path in near if self._is_from(position, path)]
+        moved = [path for path in near if position < (0, 0) or self._is_from(position, path)]
         if moved:
             move(moved, superseded(self.path, number))
         return len(moved)

@@ -3,11 +3,13 @@
 import zlib
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixture_core.config import shown
 from mixture_core.inputs import as_embeddings, as_labels
 from mixture_torch.config import MixtureRuntimeConfig
 from mixture_torch.update.ranks import HEADER, Entries, Ranks, is_out_of_memory, local_rows, text_of, together
@@ -125,6 +127,13 @@ def settle(doubt: Doubt, *, at: str = "") -> None:
     """Raises the error of a doubt if its value, which must have arrived, confirms it; `at` may be " at step 3"."""
     if (value := int(doubt.value)) != FINE:
         raise doubt.error(value, at)
+
+
+def as_views(views: int) -> int:
+    """Returns `views` if it is an integer, 1 or 2."""
+    if isinstance(views, bool) or not isinstance(views, Integral) or views not in (1, 2):
+        raise ValueError(f"`views` must be 1 or 2, got {shown(views)}.")
+    return int(views)
 
 
 def ignored(count: int, N: int, at: str = "") -> str:

@@ -53,6 +53,14 @@ class Figures(NamedTuple):
         }  # fmt: skip
 
     @property
+    def scalars(self) -> dict[str, float]:
+        """The figures of both files, by the names of their columns; those of `mixture.csv` alone without `extra`."""
+        named: dict[str, float] = dict(zip(self._fields[:4], self[:4], strict=True))
+        for name, value in self.extra.items() if self.pi else ():
+            named |= {f"{name}_{k}": v for k, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        return named
+
+    @property
     def share_B(self) -> float:
         """Share of the variance between components, tr B / tr T; 0 if there is no variance."""
         return self.trace_B / self.trace_T if self.trace_T != 0 else 0.0
@@ -129,7 +137,7 @@ def check_loggable(stats: Mapping[str, Tensor], *, stores_scores: bool) -> None:
     if missing := [key for key in [*needed, *["R"] * stores_scores] if key not in stats]:
         raise ValueError(f"`stats` must be what `update` returned, got a mapping without {' and '.join(missing)}.")
     for key, shape in SHAPES.items():
-        if key in stats and (key != "R" or stores_scores) and not _fits(value := stats[key], key):
+        if key in stats and not _fits(value := stats[key], key):
             got = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"`stats` must hold {key} as a dense tensor ({', '.join(shape)}), got {got}.")
 

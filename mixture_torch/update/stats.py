@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
-from typing import ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import attrs
 import torch
@@ -16,7 +16,7 @@ from mixture_core.absorb_cpu import Workspace, complete_
 from mixture_core.pairs import Pairs
 from mixture_core.pytrees import pytree
 from mixture_torch.update.arrivals import Report
-from mixture_torch.update.figures import Figures, Rows
+from mixture_torch.update.figures import Rows
 from mixture_torch.update.precision import full_float32
 
 SLACK = 4  # memory for rows is replaced if it is more than this many times too long
@@ -84,7 +84,7 @@ class ExactMoments(Moments):
             return super().participation_ratio
 
 
-@attrs.frozen(eq=False, kw_only=True, repr=False, slots=False, getstate_setstate=True)
+@attrs.frozen(eq=False, kw_only=True, repr=False, slots=False)
 class _Fields(mixture_core.StepStats):
     n_relocated: Tensor
 
@@ -120,6 +120,15 @@ class StepStats(_Fields):
             stats.__dict__["n_relocated"] = n_relocated
         return stats
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy holds: everything but the source."""
+        kept = {name: value for name, value in self.__dict__.items() if name in ("rows", "pairs")}
+        return kept | {field.name: getattr(self, field.name) for field in attrs.fields(_Fields)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Becomes the copy."""
+        self.__dict__.update(state)
+
     @cached_property
     def moments(self) -> Moments:
         """Weight, mean and covariance of each component after the step."""
@@ -153,10 +162,7 @@ class StepStats(_Fields):
         with full_float32(self.R):
             report = Report.of(self, extra=True)
             report.wait()
-        named: dict[str, float] = dict(zip(Figures._fields[:4], report.figures[:4], strict=True))
-        for name, value in report.figures.extra.items():
-            named |= {f"{name}_{k}": v for k, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
-        return named
+        return report.figures.scalars
 
 
 class _NoStats(StepStats):

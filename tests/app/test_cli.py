@@ -94,6 +94,8 @@ ERRORS = [
     (["--config", "seed.yaml"], "`seed` must be an integer"),
     (["--epochs", "0"], "`epochs` must be at least 1, got 0"),
     (["--epochs", "many"], "epochs"),
+    (["--fault", "temprature"], "`fault` must be one of none, no-negatives, temperature,"),
+    (["--fault", "outliers", "--epochs", "1"], "`epochs` must be at least 2 with the fault outliers"),
     (["--batch-size", "1"], "`batch_size` must be at least 2"),
     (["--batch-size", "1798"], "at most 1797"),
     (["--seed", str(2**63)], "`seed` must be at most 9223372036854775807, got 9223372036854775808"),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mixture_core import batch_moments
 from mixture_torch import read_log, read_scores
-from mixture_torch.app.demo import MIXTURE, DemoConfig, epochs_of_views, load_images, prepare, view
+from mixture_torch.app.demo import MIXTURE, DemoConfig, epochs_of_views, prepare
+from mixture_torch.app.digits import load_images, view
 from mixture_torch.app.report import Report, summarise
 from mixture_torch.app.training import Place
 from tests.app.common import EPOCH, STEPS, demo

@@ -152,6 +152,17 @@ def test_dead_component_is_no_point_and_no_measure_of_one() -> None:
     assert {each[0] for each in raised(run)} == {"dead component"}
 
 
+def test_components_are_judged_only_after_rows_enough_to_seed_means() -> None:
+    run = [row._replace(n_rows=1, pi=(1.0, 0.0, 0.0, 0.0)) for row in rows(60)]
+    assert {each[2:] for each in raised(run) if each[0] == "dead component"} == {(34, 15)}
+
+
+@pytest.mark.parametrize("figures", [{"pi": (), "n": (), "rel": ()}, {"pi": (0.5, 0.5)}])
+def test_reading_without_a_figure_for_each_component_is_refused(figures: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^`pi`, `n` and `rel` of a reading must have one figure for each component"):
+        observe(AlarmState(D=8), STEADY._replace(**figures))
+
+
 def test_rows_read_back_raise_the_same_alarms() -> None:
     run = change(change(rows(200), range(60, 100), n=GONE), range(150, 200), trace_T=0.02)
     live, at_once = follow(run[:77])

@@ -1,6 +1,7 @@
 """The excess share between components: 0 for one Gaussian, more for clusters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_labels_without_meaning_have_no_excess() -> None:
     x = torch.randn(2000, 8, generator=generator)
     state, _ = step(init(config, x), x, torch.randint(4, (2000,), generator=generator))
     assert abs(float(excess(state, 2000, steps=5))) <= 0.01
+
+
+@pytest.mark.parametrize("assigner", ["kmeans_online", "label_supervised"])
+def test_mixture_without_weight_has_no_excess(assigner: str) -> None:
+    state = init(MixtureConfig(K=2, assigner=assigner), torch.zeros(0, 2))
+    assert excess(state, 10).isnan()
+
+
+@pytest.mark.parametrize("options", [{"N": 2.5}, {"N": "10"}, {"N": True}, {"N": 10, "steps": 3.0}])
+def test_counts_that_are_no_integers_are_refused(options: dict[str, Any]) -> None:
+    state = init(MixtureConfig(K=2), torch.randn(10, 2))
+    with pytest.raises(TypeError, match=r"^`N`, `shadows` and `steps` must be integers, got .*\.$"):
+        excess(state, **options)
 
 
 def test_counts_below_1_are_refused() -> None:

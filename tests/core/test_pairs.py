@@ -18,7 +18,7 @@ from mixture_core import (
     readings,
     step,
 )
-from mixture_torch.app.demo import load_images, view
+from mixture_torch.app.digits import load_images, view
 from tests.core.common import gaussians, stack
 from tests.tolerances import FLOAT32, relative_error
 

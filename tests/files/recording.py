@@ -27,8 +27,16 @@ class Writer(Recorder):
     resumes = False  # whether the next row goes on from a checkpoint
     K: int | None = None  # of rows in `mixture_extra.csv`, if there are to be any
 
-    def __init__(self, log_dir: Path, scores_mode: Any = None, *, strict: bool = False, resumes: bool = False) -> None:
-        super().__init__(log_dir, scores_mode=scores_mode, writes=lambda: True, strict=strict)
+    def __init__(
+        self,
+        log_dir: Path,
+        scores_mode: Any = None,
+        *,
+        existing: Any = "append",
+        strict: bool = False,
+        resumes: bool = False,
+    ) -> None:
+        super().__init__(log_dir, scores_mode=scores_mode, existing=existing, writes=lambda: True, strict=strict)
         self.resumes = resumes
 
     def log(self, *places: Place | int, value: float = 0.0, N: int = 4) -> None:

@@ -87,6 +87,15 @@ def test_snapshots_wait_in_the_order_of_the_rows_and_at_most_16_of_them(tmp_path
     one.close()
 
 
+def test_close_counts_snapshots_that_wait_alone(tmp_path: Path) -> None:
+    (one := Writer(tmp_path)).log(0)
+    (tmp_path / "mixture_snapshots").write_bytes(b"in the way")
+    with said() as messages:
+        one.write_snapshot(snapshot(0))
+        one.close(for_good=True)
+    assert messages[-1].endswith(": 1 snapshots are lost.")
+
+
 def test_nothing_is_written_for_a_recorder_without_rows(tmp_path: Path) -> None:
     one = Writer(tmp_path / "run")
     one.write_snapshot(snapshot(0))

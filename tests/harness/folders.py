@@ -40,6 +40,12 @@ class Step(NamedTuple):
 
     record: Record
     resumed: bool = False  # the first after `load_state_dict`
+    aside: bool = False  # the first with existing="aside"
+
+    @property
+    def cut(self) -> Place | None:
+        """Where what it supersedes begins."""
+        return (-1, -1) if self.aside else self.record.place if self.resumed else None
 
 
 class Contents(NamedTuple):
@@ -146,12 +152,12 @@ def logged(before: Contents, step: Step, *, scores_mode: str) -> Contents:
         step: The step.
         scores_mode: How responsibilities are stored; one file a step replaces that of the same step.
     """
-    record, resumed = step
+    record, cut = step.record, step.cut
     now = {name: list(items) for name, items in before._asdict().items()}
     for kind, new in zip(KINDS, record, strict=True):
-        if resumed:
-            now[f"{kind}_aside"] += [item for item in now[kind] if item[0] >= record.place]
-            now[kind] = [item for item in now[kind] if item[0] < record.place]
+        if cut is not None:
+            now[f"{kind}_aside"] += [item for item in now[kind] if item[0] >= cut]
+            now[kind] = [item for item in now[kind] if item[0] < cut]
         is_file = kind == "snapshots" or (kind == "entries" and scores_mode == "per_step")
         if is_file and new is not None:
             now[kind] = [item for item in now[kind] if item[0][1] != record.place[1]]
@@ -183,7 +189,7 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
     after = logged(before, step, scores_mode=scores_mode)
     if before.rows != after.rows == now.rows:  # the log comes last
         assert (now.entries, now.extra) == (after.entries, after.extra)
-    if not step.resumed:
+    if step.cut is None:
         for kind, items in now._asdict().items():
             assert items in (getattr(before, kind), getattr(after, kind)), kind
         return now
@@ -192,7 +198,7 @@ def assert_nothing_lost(folder: Path, before: Contents, step: Step | None, *, sc
         aside, was_aside = (getattr(contents, f"{kind}_aside") for contents in (now, before))
         assert Counter(was) + Counter(was_aside) <= Counter(main) + Counter(aside), "lost"
         assert Counter(aside) <= Counter(was_aside) + Counter(was), "set aside what was not there"
-        stays = [item for item in was if item[0] < step.record.place]
+        stays = [item for item in was if item[0] < step.cut]
         is_going = main == [item for item in was if item in main] and set(stays) <= set(main)
         assert main == new or is_going, "not as it was"
     return now

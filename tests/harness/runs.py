@@ -21,6 +21,10 @@ SCENARIOS: dict[str, list[Operation]] = {
         *[*((0, step) for step in range(6)), "flush", (1, 6), (1, 7), (0, 8), "close", "reopen"],
         *["resume", (1, 6), (1, 7), "close"],
     ],
+    "begun anew": [
+        *[*((0, step) for step in range(6)), "flush", (1, 6), (1, 7), "close", "aside", (0, 0), (0, 1), "flush"],
+        *[(1, 4), "close", (1, 5), "close", "aside", (0, 4), "close"],
+    ],
 }
 scenarios = pytest.mark.parametrize(
     ("scenario", "scores_mode"), [(scenario, mode) for scenario in SCENARIOS for mode in ("append", "per_step")]
@@ -43,7 +47,7 @@ class Run:
         self.flushed = 0  # of those it has logged
         self._scores_mode = scores_mode
         self._was = was
-        self._resumed = False
+        self._resumed = self._aside = False
         self.estimator = writer(folder, scores_mode)
 
     def does(self, operations: Sequence[Operation]) -> None:
@@ -54,8 +58,10 @@ class Run:
             elif operation == "resume":
                 self.estimator.load_state_dict(self.estimator.state_dict())
                 self._resumed = True
-            elif operation == "reopen":
-                self.estimator = writer(self.folder, self._scores_mode)
+            elif operation in ("reopen", "aside"):
+                self._aside = operation == "aside"
+                existing = "aside" if self._aside else "append"
+                self.estimator = writer(self.folder, self._scores_mode, existing=existing)
             else:
                 getattr(self.estimator, operation)()
                 self.flushed = len(self.logged)
@@ -70,10 +76,10 @@ class Run:
     def _log(self, epoch: int, step: int) -> None:
         value = sum(map(len, self._was)) + len(self.logged) + (self.logging is not None)  # different from all others
         stats, record = sample(value, step=step, epoch=epoch)
-        self.logging = Step(record, self._resumed)
+        self.logging = Step(record, self._resumed, self._aside)
         self.estimator.log_step(step=step, epoch=epoch, stats=stats)
         self.logged.append(self.logging)
-        self.logging, self._resumed = None, False
+        self.logging, self._resumed, self._aside = None, False, False
 
 
 def instants(folder: Path, scenario: str, scores_mode: str) -> list[Instant]:

@@ -47,8 +47,10 @@ def interrupt(folder: Path, scenario: str, scores_mode: str, instant: Instant) -
         run.does(GO_ON[0])
     possible = [run.holds()]
     if broken_off is not None:
-        later = [Step(record) for record, _ in run.logged[len(before) :]]
+        later = [Step(step.record) for step in run.logged[len(before) :]]
         possible.append(run.holds([*before, broken_off, *later]))
+        if broken_off.aside:  # before the estimator knew the step
+            possible.append(run.holds([*before, later[0]._replace(aside=True), *later[1:]]))
     assert found(run.folder) in possible
     assert loaded(run.folder, scores_mode) == found(run.folder).entries
 

@@ -261,6 +261,21 @@ def files(here: Here, name: str | None) -> None:
         wrapper.flush()
 
 
+def tracked(here: Here) -> list[tuple[int, bool]]:
+    """The steps that two ranks' trackers get, and whether with the rows of both."""
+    sent: list[tuple[int, bool]] = []
+    if here.rank < 2:
+        wrapper = estimator(
+            cross_rank=True,
+            process_group=here.group(0, 1),
+            tracker=lambda scalars, step: sent.append((step, scalars["n_rows"] == 40)),
+        )
+        for step in range(3):
+            wrapper.update(mixture(20, seed=step)[0])
+            wrapper.log_step(step=step, epoch=0)
+    return sent
+
+
 def groups(here: Here, exchange: str) -> list[dict[str, Any]]:
     """Two groups of two ranks, each with a mixture and files of its own."""
     first = here.rank // 2 * 2
@@ -328,6 +343,27 @@ def data_parallel(here: Here) -> dict[str, Any]:
     return {"without": ends[0], "with": ends[1], "state": all_bits(wrapper)[0]}
 
 
+def distributed_checkpoint(here: Here) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+
+    if here.rank >= 2:
+        return {}
+    group, ends = here.group(0, 1), []
+    for is_loaded in (False, True):
+        together = estimator(dim=4, cross_rank="reduce", process_group=group)
+        alone, name = estimator(dim=4), f"mixture of rank {here.rank}"
+        states = {"mixture": together, name: alone}
+        if is_loaded:
+            dcp.load(states, checkpoint_id=here.folder / "dcp", process_group=group)
+        for step in range(3 if is_loaded else 0, 6):
+            if step == 3 and not is_loaded:
+                dcp.save(states, checkpoint_id=here.folder / "dcp", process_group=group)
+            for wrapper in states.values():
+                wrapper.update(mixture(20, seed=10 * step + here.rank)[0])
+        ends.append([all_bits(wrapper) for wrapper in states.values()])
+    return {"without": ends[0], "with": ends[1]}
+
+
 def dtensors(here: Here) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -354,8 +390,10 @@ CASES: dict[str, Case] = {
     "apart": apart,
     "one folder": partial(files, name="run"),
     "a folder each": partial(files, name=None),
+    "tracked": tracked,
     "data parallel": data_parallel,
     "dtensors": dtensors,
+    "distributed checkpoint": distributed_checkpoint,
 }
 for how in EXCHANGES:
     CASES |= {

@@ -164,6 +164,17 @@ def test_distributed_checkpoint_restores_into_a_fresh_estimator(
     assert all_bits(run(fresh, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
 
 
+@kinds
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_distributed_checkpoint_takes_estimators_as_they_are(
+    options: dict[str, Any], updates: int, tmp_path: Path
+) -> None:
+    wrapper, fresh = run(estimator(dim=4, **options), range(updates)), estimator(dim=4, **options)
+    dcp.save({"mixture": wrapper}, checkpoint_id=tmp_path)
+    dcp.load({"mixture": fresh}, checkpoint_id=tmp_path)
+    assert all_bits(run(fresh, range(updates, 6))) == all_bits(run(wrapper, range(updates, 6)))
+
+
 def test_distributed_checkpoint_never_restores_half_without_dim(tmp_path: Path) -> None:
     wrapper, fresh = run(estimator(), range(3)), estimator()
     dcp.save({"mixture": wrapper.state_dict()}, checkpoint_id=tmp_path)

@@ -90,6 +90,10 @@ def test_main_rank_needs_a_number_in_the_environment(monkeypatch: pytest.MonkeyP
     assert estimator(is_main=True).is_main
 
 
+def test_tracker_of_the_main_rank_alone_is_called(results: Results) -> None:
+    assert results("tracked") == [[(0, True), (1, True), (2, True)], [], [], []]
+
+
 # Faults
 
 
@@ -239,6 +243,11 @@ def test_training_in_parallel_ends_in_the_same_bits(results: Results) -> None:
         assert bits(ends["with"]) == bits(ends["without"])
         assert [*ends["with"]] == [f"module.layers.{n}.{name}" for n in (0, 2) for name in ("weight", "bias")]
     assert found[0]["state"] == found[1]["state"]
+
+
+def test_distributed_checkpoint_of_two_ranks_goes_on_in_the_same_bits(results: Results) -> None:
+    for ends in results("distributed checkpoint", (0, 1)):
+        assert ends["with"] == ends["without"]
 
 
 # Ranks that reduce and do not wait for one another, as on GPUs

@@ -1,6 +1,7 @@
 """Where the covariances live: what is handed out keeps its values, and no memory is taken twice."""
 
 import copy
+import math
 import pickle
 import sys
 from typing import Any
@@ -47,6 +48,16 @@ def test_copies_of_statistics_keep_their_values(copied: Any) -> None:
     one = estimator()
     copies = [copied(one.update(x)) for x in batches(6)]
     assert [bits(dict(stats)) for stats in copies] == expected(6)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stats: pickle.loads(pickle.dumps(stats))])
+def test_copies_of_statistics_have_the_scalars_of_the_whole_step(copied: Any) -> None:
+    one = estimator()
+    for x in batches(2):
+        stats = one.update(torch.cat([x, x]), step=1, views=2)
+    assert stats.scalars()["n_rows"] > len(stats.R)
+    assert copied(stats).scalars() == stats.scalars()
+    assert not math.isnan(stats.scalars()["alignment"])
 
 
 @pytest.mark.parametrize("empty", [0, 2, 3])

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -96,9 +97,35 @@ def test_function_for_alarms_that_raises_ends_no_run(tmp_path: Path, error: Exce
         lose_a_cluster(wrapper, GONE + 3)
 
 
-def test_alarms_need_a_folder() -> None:
-    with pytest.raises(ValueError, match="`log_dir` must be given with `store_scores` or `on_alarm`"):
-        estimator(on_alarm=print)
+def test_alarms_need_no_folder(tmp_path: Path) -> None:
+    told: list[list[Alarm]] = [[], []]
+    for log_dir, alarms in zip((None, tmp_path), told, strict=True):
+        lose_a_cluster(estimator(K=4, log_dir=log_dir, on_alarm=alarms.append), GONE + 3)
+    assert told[0]
+    assert told[0] == told[1]
+
+
+def test_snapshots_that_could_not_be_written_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^`log_dir` must be given with `snapshot_every`, got None\.$"):
+        estimator(snapshot_every=5)
+    with pytest.raises(ValueError, match="`extra` must be true with `snapshot_every`"):
+        estimator(log_dir=tmp_path, snapshot_every=5, extra=False)
+
+
+@pytest.mark.parametrize("R", [[[0.5, 0.5]], torch.ones(3), None])
+def test_mapping_of_the_users_own_is_checked_as_a_whole(tmp_path: Path, R: Any) -> None:
+    stats = {"pi": torch.tensor([0.5, 0.5]), "B": torch.eye(3), "R": R}
+    with pytest.raises(ValueError, match=r"^`stats` must hold R as a dense tensor \(N, K\), got .*\.$"):
+        estimator(log_dir=tmp_path).log_step(step=0, epoch=0, stats=stats)
+
+
+def test_components_are_not_dead_before_there_are_rows_to_seed_them_from(tmp_path: Path) -> None:
+    alarms: list[Alarm] = []
+    wrapper = estimator(K=100, ema_decay=0.999, log_dir=tmp_path, on_alarm=alarms.append)
+    for step in range(60):
+        wrapper.update(torch.randn(2, 4, generator=torch.Generator().manual_seed(step)))
+        wrapper.log_step(step=step, epoch=0)
+    assert [alarm for alarm in alarms if alarm.component is not None] == []
 
 
 def test_function_for_alarms_is_checked(tmp_path: Path) -> None:
@@ -193,5 +220,7 @@ def test_views_are_checked() -> None:
     wrapper = estimator()
     with pytest.raises(ValueError, match="even number of rows with views=2"):
         wrapper.update(torch.randn(5, 4), views=2)
-    with pytest.raises(ValueError, match="`views` must be 1 or 2, got 3"):
-        wrapper.update(torch.randn(6, 4), views=3)
+    for wrong in (3, 2.0, True, torch.tensor(2), torch.tensor([1, 2]), "2", None):
+        with pytest.raises(ValueError, match=r"^`views` must be 1 or 2, got .*\.$"):
+            wrapper.update(torch.randn(6, 4), views=wrong)
+    assert wrapper.update(torch.randn(40, 4), views=np.int64(2))

@@ -47,6 +47,7 @@ ESTIMATORS: dict[str, Callable[[Path], MixtureStats]] = {
     "waiting": lambda path: estimator(K=30),
     "storing": lambda path: estimator(mode="per_batch", log_dir=path, store_scores=True),
     "storing per step": lambda path: estimator(log_dir=path, store_scores=True, scores_mode="per_step"),
+    "tracking": lambda path: estimator(tracker=lambda scalars, step: scalars.clear()),
     "disabled": lambda path: estimator(enabled=False, log_dir=path),
 }
 

@@ -1,0 +1,181 @@
+"""`watch` feeds an estimator the output of a layer, at each forward pass in training mode."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mixture_core.config import as_integer
+from mixture_torch.context import register, update_compiled
+from mixture_torch.estimator import MixtureStats
+
+Output: TypeAlias = int | str | Callable[[Any], Tensor] | None
+Reduce: TypeAlias = Literal["mean", "first", "each"]
+
+
+def watch(
+    module: nn.Module,
+    estimator: MixtureStats,
+    *,
+    output: Output = None,
+    reduce: Reduce = "mean",
+    views: int = 1,
+    forwards: int = 1,
+) -> "LayerHook":
+    """Updates an estimator at each forward pass of a layer in training mode; returns the hook.
+
+    The output is only read, so training is the same to the bit. Passes in evaluation mode, and those that activation
+    checkpointing repeats, are ignored. You still call `log_step`. Copies of the layer are not watched.
+
+    Args:
+        module: The layer; it must itself be in training mode.
+        estimator: One for each layer, each with its own `log_dir`.
+        output: Where the embeddings are, if the layer does not return one tensor: an index, a key, the name of an
+            attribute, or a function of what it returns.
+        reduce: How tokens (N, T, D) and maps (N, D, H, W) become rows: the `mean` over tokens or positions, only the
+            `first` one, or one row for `each`. Rows (N, D) stay as they are.
+        views: 2 if rows n and n + N/2 of a batch are two views of one sample.
+        forwards: Number of forward passes that make up a batch: 2 if each view has its own.
+
+    Raises:
+        TypeError: An argument has the wrong type. In a forward pass: the embeddings are not a tensor.
+        ValueError: An argument is out of range. In a forward pass: the embeddings have a wrong shape.
+
+    Example:
+        >>> import torch
+        >>> from mixture_torch import MixtureStats
+        >>> from mixture_torch.integrations import watch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> estimator = MixtureStats(K=2, enabled=True)
+        >>> hook = watch(model[1], estimator, views=2, forwards=2)
+        >>> _ = model(torch.randn(32, 8)), model(torch.randn(32, 8))
+        >>> hook.remove()
+        >>> estimator.stats.R.shape
+        torch.Size([64, 2])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a layer of a model, got {module!r}.")
+    if not isinstance(estimator, MixtureStats):
+        raise TypeError(f"`estimator` must be a MixtureStats, got {estimator!r}.")
+    if estimator.config.uses_labels:
+        raise ValueError("`estimator` needs labels, which a hook does not have; call `update` in the loop instead.")
+    hook = LayerHook(estimator, output=output, reduce=reduce, views=views, forwards=forwards)
+    if estimator.enabled:
+        hook._handle = module.register_forward_hook(hook)
+    else:
+        estimator.update(torch.empty(0, 1))  # warns if `enabled` was left out
+    return hook
+
+
+class LayerHook:
+    """The hook that `watch` returns. `remove`, or the end of its `with` block, removes it."""
+
+    def __init__(self, estimator: MixtureStats, *, output: Output, reduce: Reduce, views: int, forwards: int) -> None:
+        if not (output is None or isinstance(output, (int, str)) or callable(output)):
+            raise TypeError(f"`output` must be an index, a name, a function or None, got {output!r}.")
+        if reduce not in ("mean", "first", "each"):
+            raise ValueError(f"`reduce` must be `mean`, `first` or `each`, got {reduce!r}.")
+        if views not in (1, 2):
+            raise ValueError(f"`views` must be 1 or 2, got {views!r}.")
+        if not isinstance(as_integer(forwards), int) or forwards < 1:
+            raise ValueError(f"`forwards` must be an integer of at least 1, got {forwards!r}.")
+        self.estimator = estimator
+        self.has_row = False  # whether the estimator was updated since this was last set to false
+        self._output, self._reduce, self._views, self._forwards = output, reduce, views, forwards
+        self._step: int | str | None = None
+        self._parts: list[Tensor] = []  # rows of an unfinished batch
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._key = register(self)  # by which compiled code finds it
+
+    def begin(self, step: int | str | None) -> None:
+        """Begins a batch of a training step; rows of an unfinished batch are dropped.
+
+        Batches of the same step, as in gradient accumulation, are counted as one. Without this call, the step is that
+        of the surrounding `activate`; outside of it, each batch is a step.
+        """
+        self._step, self._parts = step, []
+
+    def remove(self) -> None:
+        """Removes the hook; the estimator stays as it is."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._parts = None, []
+
+    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+        """The forward hook."""
+        if not module.training:
+            return
+        embeddings = _select(output, self._output)
+        if torch.compiler.is_compiling():
+            update_compiled(self._key, embeddings, None, None, 1)  # calls `update` when the code runs
+        else:
+            self.update(embeddings)
+
+    def update(self, embeddings: Tensor, labels: None = None, *, step: None = None, views: int = 1) -> None:
+        """Takes the output of one forward pass; updates the estimator if that completes a batch."""
+        if self._handle is None or torch._C._current_graph_task_id() != -1:  # removed, or repeated in a backward pass
+            return
+        rows = _as_rows(embeddings.detach(), self._reduce)
+        if self._forwards > 1:
+            self._parts.append(rows.clone())  # the layer's output may be overwritten before the batch is complete
+            if len(self._parts) < self._forwards:
+                return
+            rows, self._parts = torch.cat(self._parts), []
+        self.estimator.update(rows, step=self._step, views=self._views)
+        self.has_row = True
+
+    def __enter__(self) -> "LayerHook":
+        """Returns the hook."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes the hook."""
+        self.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and files of the layer hold a hook that does nothing instead."""
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(module: nn.Module, _: Any, output: Any) -> None:
+    """A forward hook that does nothing."""
+
+
+def _select(output: Any, where: Output) -> Tensor:
+    """Returns the tensor in what a layer returned."""
+    found = output
+    if callable(where):
+        found = where(output)
+    elif isinstance(where, str):
+        found = output.get(where) if isinstance(output, Mapping) else getattr(output, where, None)
+    elif where is not None:
+        found = output[where] if isinstance(output, (tuple, list)) and -len(output) <= where < len(output) else None
+    if not isinstance(found, Tensor):
+        kinds = f" with the keys {list(output)}" if isinstance(output, Mapping) else ""
+        kinds = f" of {len(output)}" if isinstance(output, (tuple, list)) else kinds
+        raise TypeError(
+            f"`output` must select a tensor from what the layer returned, a {type(output).__name__}{kinds}, "
+            f"got output={where!r}, which selects a {type(found).__name__}."
+        )
+    return found
+
+
+def _as_rows(x: Tensor, reduce: Reduce) -> Tensor:
+    """Returns tokens (N, T, D) and maps (N, D, ...) as rows."""
+    if x.ndim == 2:
+        return x
+    if x.ndim < 2:
+        raise ValueError(
+            f"The layer must return rows (N, D), tokens (N, T, D) or maps (N, D, H, W), got {tuple(x.shape)}."
+        )
+    tokens = x if x.ndim == 3 else x.flatten(2).transpose(1, 2)  # (N, T, D)
+    if reduce == "each":
+        return tokens.flatten(0, 1)
+    if reduce == "first":
+        return tokens[:, 0]
+    return tokens.mean(1, dtype=None if x.is_complex() else torch.float32)  # integers and float8 have no mean

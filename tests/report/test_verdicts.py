@@ -1,0 +1,117 @@
+"""Verdicts on synthetic logs: what is said, of which component, since when, and that it is said once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixture_torch import read_run
+from mixture_torch.report.verdicts import Verdict, verdicts
+from tests.report.logs import Columns, healthy, lose, write
+
+D, SINCE = 16, 120  # steps
+
+
+def found(folder: Path, columns: Columns, *, extra: bool = True) -> tuple[Verdict, ...]:
+    run = read_run(write(folder, columns, extra=extra))
+    return verdicts(run)
+
+
+def test_healthy_run_has_one_verdict_with_its_figures(tmp_path: Path) -> None:
+    (verdict,) = found(tmp_path, healthy())
+    assert (verdict.level, verdict.since) == ("fine", None)
+    assert "200 steps, 0 to 199" in verdict.text
+    assert verdict.figures["trace_T"] == pytest.approx(0.9, rel=0.1)
+
+
+def test_lost_group_is_one_verdict_that_names_it(tmp_path: Path) -> None:
+    columns = healthy()
+    lose(columns, 2, slice(SINCE, None))
+    columns["trace_T"][SINCE:] *= 1.2
+    (verdict,) = found(tmp_path, columns)
+    assert (verdict.level, verdict.kind, verdict.component, verdict.since) == ("wrong", "group gone", 2, SINCE)
+    assert "component 2 lost most of its samples at step 120" in verdict.title
+    assert "no other component gained as much" in verdict.text
+    assert "The total variance went from" in verdict.text
+
+
+def test_samples_that_move_to_another_component_have_not_gone(tmp_path: Path) -> None:
+    columns = healthy()
+    columns["n"][SINCE:, 3] += columns["n"][SINCE:, 2]
+    columns["n"][SINCE:, 2] = 0
+    (verdict,) = found(tmp_path, columns)
+    assert (verdict.level, verdict.kind, verdict.components) == ("changed", "composition", (2, 3))
+
+
+def test_batch_that_falls_into_one_component_is_wrong(tmp_path: Path) -> None:
+    columns = healthy()
+    columns["n"][SINCE:] = 4.0
+    columns["n"][SINCE:, 1] = 580.0
+    (verdict,) = found(tmp_path, columns)
+    assert (verdict.level, verdict.component, verdict.since) == ("wrong", 1, SINCE)
+    assert "6 of 6 components" in verdict.text
+
+
+def test_collapse_tells_the_changes_that_come_with_it(tmp_path: Path) -> None:
+    columns = healthy()
+    for name in ("trace_T", "trace_B"):
+        columns[name][SINCE:] *= 0.01
+    columns["pi"][SINCE + 5 :, 0] = 1e-5
+    (verdict,) = found(tmp_path, columns)
+    assert (verdict.level, verdict.kind, verdict.since) == ("wrong", "collapse", SINCE)
+    assert "It lasts to the end of the log, step 199" in verdict.text
+
+
+def test_level_that_is_over_has_passed(tmp_path: Path) -> None:
+    columns = healthy()
+    columns["pi"][60:100, [1, 4]] = 1e-5
+    (verdict,) = found(tmp_path, columns)
+    assert (verdict.level, verdict.kind, verdict.components) == ("changed", "dead component", (1, 4))
+    assert verdict.title == "Components 1 and 4 had hardly any samples from step 60 to step 100"
+    assert "It has passed" in verdict.text
+
+
+def test_worst_comes_first(tmp_path: Path) -> None:
+    columns = healthy(300)
+    for name in ("trace_T", "trace_B"):
+        columns[name][80:] *= 1.3
+    columns["rel"][200:, 5] = 0.01
+    first, second = found(tmp_path, columns)
+    assert (first.level, first.kind, first.component) == ("wrong", "point component", 5)
+    assert (second.level, second.kind, second.since) == ("changed", "trace_T", 80)
+
+
+def test_run_without_usable_rows_is_wrong(tmp_path: Path) -> None:
+    columns = healthy()
+    columns["n_ignored"][SINCE:] = 600
+    columns["n"][SINCE:] = 0.0
+    columns["trace_T"][SINCE:] = columns["trace_B"][SINCE:] = np.nan
+    (verdict,) = found(tmp_path, columns)
+    assert (verdict.level, verdict.kind, verdict.since) == ("wrong", "no rows", SINCE)
+
+
+@pytest.mark.parametrize("S", [0, 1, 45])
+def test_short_run_is_unknown(tmp_path: Path, S: int) -> None:
+    (verdict,) = found(tmp_path, healthy(S))
+    assert verdict.level == "unknown"
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_one_step_is_singular(extra: bool, tmp_path: Path) -> None:
+    assert "1 step, 0" in found(tmp_path, healthy(1), extra=extra)[0].text
+
+
+def test_seven_columns_say_what_they_can(tmp_path: Path) -> None:
+    columns = healthy()
+    (verdict,) = found(tmp_path / "fine", columns, extra=False)
+    assert verdict.level == "unknown"
+    assert "0.167 to 0.167" in verdict.text
+    columns["pi"][SINCE:, 0] = 1e-5
+    (verdict,) = found(tmp_path / "dead", columns, extra=False)
+    assert (verdict.level, verdict.kind, verdict.since) == ("wrong", "dead component", SINCE)
+    columns["trace_B"][SINCE:] *= 1e-3
+    (verdict,) = found(tmp_path / "collapsed", columns, extra=False)
+    assert (verdict.level, verdict.kind, verdict.since) == ("wrong", "collapse", SINCE)
+    columns["trace_B"][SINCE:] = np.nan
+    (verdict,) = found(tmp_path / "nan", columns, extra=False)
+    assert (verdict.level, verdict.kind, verdict.since) == ("wrong", "no rows", SINCE)
