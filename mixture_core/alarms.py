@@ -82,7 +82,7 @@ class AlarmState:
     """What `observe` keeps of earlier rows.
 
     Attributes:
-        D: Width of the embeddings.
+        D: Width of the embeddings; nan if it is not known, and then levels that need it are left out.
         step: Of the last row.
         scalars: Logarithms of trace_T and share_B in the last two rows since a relocation.
         count: Rows since the first, or since K changed.
@@ -97,7 +97,7 @@ class AlarmState:
         levels: First step and number of rows of each level that is beyond its bound, by kind and component.
     """
 
-    D: int
+    D: float
     step: int = 0
     scalars: tuple[Row, ...] = ()
     count: int = 0
@@ -235,7 +235,7 @@ def _levels(state: AlarmState, reading: Reading, largest: float, *, is_seeded: b
     return levels, alarms
 
 
-def _beyond(D: int, reading: Reading, largest: float) -> Iterator[tuple[str, int | None, dict[str, float]]]:
+def _beyond(D: float, reading: Reading, largest: float) -> Iterator[tuple[str, int | None, dict[str, float]]]:
     """Kind, component and figures of each level that is beyond its bound, or whose figures are not known."""
     K, pi, rel, excess = len(reading.pi), reading.pi, reading.rel, reading.excess
     used = reading.participation_ratio / D

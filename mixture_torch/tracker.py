@@ -52,7 +52,7 @@ class Outlet:
             function = getattr(self._tracker, method, None)
             if function is not None:
                 function(*arguments)
-        except Exception as error:
+        except Exception as error:  # any: it is the user's code, and must not end the run
             name = type(error).__name__
             text = f"The tracker raised {name} at step {step}: {text_of(error).rstrip('.')}. Training goes on."
             self._note(f"tracker: {name}", text)

@@ -44,5 +44,5 @@ def plane(entry: Mapping[str, Any]) -> npt.NDArray[np.uint8] | None:
         f"Components at step {entry['step']}, with ellipses at 1 and 2 sigma\nThe plane has {shown:.0%} of trace_B"
     )
     canvas = FigureCanvasAgg(figure)  # without pyplot, whose state belongs to the user
-    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib's
-    return np.array(canvas.buffer_rgba())[:, :, :3]  # type: ignore[no-untyped-call]  # matplotlib's
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib has not annotated it
+    return np.array(canvas.buffer_rgba())[:, :, :3]  # type: ignore[no-untyped-call]  # matplotlib has not annotated it

@@ -26,7 +26,7 @@ def replay(log: Columns, extra: Columns, snapshots: Iterable[Mapping[str, Any]],
         D: Width of the embeddings. If None, alarms that need it are left out.
     """
     rows = _joined(log, extra, snapshots)
-    state, past = AlarmState(D=math.nan if D is None else D), list[tuple[Alarm, int | None]]()  # type: ignore[arg-type]
+    state, past = AlarmState(D=math.nan if D is None else D), Past()
     lasting: dict[tuple[str, int | None], int] = {}
     for begin in range(0, len(rows["step"]), BLOCK):
         columns = [rows[name][begin : begin + BLOCK].tolist() for name in Reading._fields]
@@ -43,7 +43,7 @@ def replay(log: Columns, extra: Columns, snapshots: Iterable[Mapping[str, Any]],
 
 
 def _joined(log: Columns, extra: Columns, snapshots: Iterable[Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
-    """The figures of a `Reading`, for the steps in both files that have usable embeddings."""
+    """The figures of a `Reading`, for the steps in both files."""
     _, of_log, of_extra = np.intersect1d(log["step"], extra["step"], return_indices=True)
     rows = {name: column[of_log] for name, column in log.items()} | {name: of[of_extra] for name, of in extra.items()}
     rows["n_rows"] = rows["n_rows"] - rows["n_ignored"]
@@ -52,5 +52,4 @@ def _joined(log: Columns, extra: Columns, snapshots: Iterable[Mapping[str, Any]]
         place = int(np.searchsorted(rows["step"], entry["step"], side="right"))
         if 0 < place < len(of_log) and rows["step"][place - 1] == entry["step"]:
             rows["excess"][place] = entry.get("excess", np.nan)
-    usable = (rows["n_rows"] > 0) & np.isfinite(rows["trace_T"] + rows["trace_B"] + rows["n"].sum(axis=1))
-    return {name: rows[name][usable] for name in Reading._fields}
+    return rows

@@ -60,7 +60,7 @@ class Report:
 
     def wait(self) -> None:
         """Returns when everything is here."""
-        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]  # torch's
+        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]  # torch has not annotated it
             self._arrived.synchronize()
 
     @cached_property

@@ -46,5 +46,5 @@ class Watch:
             return
         try:
             self._on_alarm(alarm)
-        except Exception as error:
+        except Exception as error:  # any: it is the user's code, and must not end the run
             self._note("on_alarm", f"`on_alarm` raised {type(error).__name__}: {text_of(error)}. Training goes on.")
