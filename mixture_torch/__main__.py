@@ -2,8 +2,7 @@
 
 import sys
 
-EXTRAS = ("typer", "rich", "sklearn")
-VIEWS = {"plot": "cli,plot", "report": "cli,report", "watch": "cli"}  # commands that need no more than these extras
+INSTALL = 'pip install "mixture-diagnostics[demo]", or "mixture-diagnostics[cli]" without the demo'
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12,18 +11,13 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: The words after the program's name; None takes them from the process.
     """
-    words = sys.argv[1:] if arguments is None else arguments
     try:
-        if extra := VIEWS.get(next(iter(words), "")):
-            from mixture_torch.app.view import run
-        else:
-            from mixture_torch.app.cli import run
+        from mixture_torch.app.cli import run
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in EXTRAS:
+        if missing not in ("typer", "rich"):
             raise
-        command = f'pip install "mixture-diagnostics[{extra or "demo"}]"'
-        print(f"Error: the command line needs {missing}: {command}", file=sys.stderr)
+        print(f"Error: the command line needs {missing}: {INSTALL}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while it imports, which takes seconds
         return 130

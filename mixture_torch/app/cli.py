@@ -1,43 +1,48 @@
-"""The command line: reads the options, makes the run folder and trains."""
+"""The command line: `mixture-diagnostics`, with the commands `demo`, `plot`, `report` and `watch`."""
 
-import functools
-from collections.abc import Iterable, Mapping
+import io
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import attrs
 import typer
 import yaml
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from mixture_core.config import shown
-from mixture_torch.app.demo import MIXTURE, DemoConfig, Job, check, prepare
+from mixture_torch.app.demo import Job, check, prepare
 from mixture_torch.app.faults import FAULTS
 from mixture_torch.app.folders import CONFIG_FILE, DEFAULT_FOLDER, REPORT_FILE, find_run_folder, make_run_folder
 from mixture_torch.app.messages import complain, one_line_errors, one_line_warnings
+from mixture_torch.app.options import DEFAULTS, refuse_changes, resolve, to_mapping
 from mixture_torch.app.report import render
 from mixture_torch.app.training import current_place, pick_device, process_group
-from mixture_torch.app.view import INTERRUPTED, add_to, print_verdicts, run_app, write_page
-from mixture_torch.config import MixtureRuntimeConfig, find_block, parse_yaml, refuse_unknown
 from mixture_torch.files.disk import write_atomically
 from mixture_torch.files.log import LOG_FILE
-from mixture_torch.report.run import read_run
+from mixture_torch.report import figures, page, terminal
+from mixture_torch.report.run import Run, printable, read_run, read_runs
+from mixture_torch.report.verdicts import verdicts
 
-DEFAULTS = DemoConfig()
-BLOCKS = {"runtime": ["runtime", "mixture"], "demo": ["demo"]}  # path of each block of options, by first key
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)]
 
 # Markup would drop `[default: 80]` as an unknown style.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0; 2 after an error, in one line; or 130 after Ctrl-C.
+    """Runs a command and returns its exit code: 0; 1 if a package is missing; 2 after another error; 130 after Ctrl-C.
 
     Args:
         arguments: The words after the program's name; None means `sys.argv[1:]`.
     """
-    return run_app(app, arguments)
+    try:
+        return app(arguments, prog_name="mixture-diagnostics", standalone_mode=False) or 0
+    except typer.Abort:
+        return INTERRUPTED
+    except UsageError as error:
+        complain(error.format_message())  # type: ignore[attr-defined]  # see UsageError
+        return 2
 
 
 @app.callback(invoke_without_command=True)
@@ -115,86 +120,54 @@ def demo(
             _tell(job, folder)
 
 
-add_to(app)
+@app.command()
+def plot(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="The picture, a .png, .pdf or .svg file.")],
+) -> None:
+    """Draws the series, the spectra and the components of one or more runs."""
+    with one_line_errors():
+        if out.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"`--out` must end in .png, .pdf or .svg, got `{out}`.")
+        picture = io.BytesIO()
+        figures.plot(*read_runs(*runs)).savefig(picture, format=out.suffix[1:])
+        write_atomically(out, picture.getvalue())
+    typer.echo(printable(f"Picture: {out}"))
 
 
-def resolve(
-    files: Iterable[Path], overrides: Iterable[str], options: Mapping[str, Any]
-) -> tuple[DemoConfig, MixtureRuntimeConfig]:
-    """Returns the configuration of a run.
-
-    Files override the demo's defaults, `--set` overrides files, and the other options override both.
-
-    Args:
-        files: YAML files with a block `runtime: mixture:` or `demo:` or both; other keys are ignored.
-        overrides: Options such as `runtime.mixture.K=12`.
-        options: Options of the block `demo:`; None if not given.
-
-    Raises:
-        OSError: A file cannot be read.
-        TypeError: A value has the wrong type.
-        ValueError: A file is not YAML, a key is unknown, or a value is out of range.
-    """
-    given = {"demo": {key: value for key, value in options.items() if value is not None}}
-    layers = [to_mapping(DEFAULTS, MIXTURE), *map(_read, files), *map(_parse_override, overrides), given]
-    merged = functools.reduce(_merge, layers)
-    refuse_unknown(merged["demo"], attrs.fields_dict(DemoConfig), place="demo")
-    return DemoConfig(**merged["demo"]), MixtureRuntimeConfig.from_mapping(merged)
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[Path | None, typer.Option(help=f"The page. [default: RUN/{REPORT_FILE}, of the first run]")] = None,
+) -> None:
+    """Prints the verdicts on one or more runs, and writes a page about them that opens without a network."""
+    out = out or runs[0] / REPORT_FILE
+    with one_line_errors():
+        if out.suffix not in (".html", ".htm"):
+            raise ValueError(f"`--out` must end in .html, got `{out}`.")
+        read = read_runs(*runs)
+        _print_verdicts(*read)
+        _write_page(out, *read)
+    typer.echo(printable(f"Report: {out}"))
 
 
-def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, block: str = "") -> None:
-    """Checks that a resumed run keeps its configuration; only the device may change.
-
-    Args:
-        before: The configuration of the run, from `to_mapping`.
-        now: The configuration to resume with, with the same keys.
-        block: Where both are in the configuration, such as `runtime.mixture.`.
-
-    Raises:
-        ValueError: An option has changed.
-    """
-    for key, value in before.items():
-        if isinstance(value, Mapping):
-            refuse_changes(value, now[key], block=f"{block}{key}.")
-        elif key != "device" and value != now[key]:
-            raise ValueError(
-                f"`{block}{key}` of a resumed run must stay {value!r}, got {now[key]!r}; leave it out, or start a new "
-                "run without `--resume`."
-            )
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]) -> None:
+    """Shows the verdicts and the main series in the terminal while training goes on, until Ctrl-C."""
+    with one_line_errors():
+        terminal.watch(run)
 
 
-def to_mapping(settings: DemoConfig, mixture: MixtureRuntimeConfig) -> dict[str, Any]:
-    """Returns the configuration in the form that `resolve` reads from a file."""
-    return {"runtime": {"mixture": attrs.asdict(mixture)}, "demo": attrs.asdict(settings)}
+def _print_verdicts(*runs: Run) -> None:
+    console = Console()
+    for run in runs:
+        if len(runs) > 1:
+            console.print(run.name, markup=False, style="bold underline")
+        console.print(terminal.of_verdicts(verdicts(run)))
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    document = parse_yaml(path.read_bytes(), f"`{path}`")
-    if not (isinstance(document, Mapping) and document.keys() & {*BLOCKS, "mixture"}):
-        raise ValueError(f"`{path}` has no block `runtime: mixture:` or `demo:`.")
-    block, _ = find_block({key: document[key] for key in ("runtime", "mixture") if key in document})
-    return {"runtime": {"mixture": block}, "demo": document.get("demo")}
-
-
-def _parse_override(text: str) -> Mapping[str, Any]:
-    path, equals, value = text.partition("=")
-    *block, key = path.strip().split(".")
-    if not equals or block not in BLOCKS.values():
-        raise ValueError(f"`--set` must look like runtime.mixture.K=12 or demo.epochs=3, got {shown(text)}.")
-    parsed = {key: parse_yaml(value, f"`--set {path}`")}
-    return functools.reduce(lambda inner, name: {name: inner}, reversed(block), parsed)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns `base` with the options of `over`, block by block; None is an empty block."""
-    merged = {**base, **over}
-    for key in base.keys() & over.keys():
-        if isinstance(base[key], Mapping):
-            block = {} if over[key] is None else over[key]
-            if not isinstance(block, Mapping):
-                raise TypeError(f"`{key}` must be a mapping of options, got {shown(block)}.")
-            merged[key] = _merge(base[key], block)
-    return merged
+def _write_page(out: Path, *runs: Run) -> None:
+    write_atomically(out, page.render(*runs).encode(errors="replace"))
 
 
 def _train(job: Job, *, show_progress: bool) -> None:
@@ -224,8 +197,8 @@ def _conclude(folder: Path) -> None:
     """Prints the verdicts on a finished run, writes its report, and prints the path."""
     try:
         run = read_run(folder)
-        print_verdicts(run)
-        write_page(folder / REPORT_FILE, run)
+        _print_verdicts(run)
+        _write_page(folder / REPORT_FILE, run)
     except (OSError, ValueError, ImportError) as error:
         typer.echo(f"There is no report: {error}")
     else:

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +17,15 @@ ERASE_SHARE = 0.5  # of the views
 
 
 def load_images(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the images, (1797, 1, 8, 8) float32, paper 0 and ink 1, and their digits, (1797,) int64."""
+    """Returns the images, (1797, 1, 8, 8) float32, paper 0 and ink 1, and their digits, (1797,) int64.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('`demo` needs scikit-learn: pip install "mixture-diagnostics[demo]"') from error
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
     return images, torch.as_tensor(data.target, dtype=torch.int64, device=device)

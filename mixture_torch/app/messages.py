@@ -23,19 +23,19 @@ def complain(message: str) -> None:
 
 @contextmanager
 def one_line_errors(*, every_rank: bool = False) -> Iterator[None]:
-    """Turns an error inside the block into one line and exit code 2.
+    """Turns an error inside the block into one line and exit code 2; 1 if a package is not installed.
 
     Args:
         every_rank: Whether each process prints its errors, because others may not have the same.
     """
     try:
         yield
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         if every_rank and (rank := current_place().rank):
             _say(f"Error on rank {rank}:", str(error))
         else:
             complain(str(error))
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, ImportError) else 2) from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import attrs
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from mixture_core import Moments
@@ -40,6 +39,8 @@ def summarise(moments: Moments, R: Tensor, labels: Tensor) -> Report:
         R: (N, K) responsibilities; each sample is assigned to its largest.
         labels: (N,) integers, at least 0, the true classes.
     """
+    from sklearn.metrics import normalized_mutual_info_score  # here, as only the demo needs it
+
     assigned = R.argmax(dim=1)
     counts = torch.zeros(R.shape[1], int(labels.max()) + 1, dtype=torch.int64, device=R.device)
     counts.index_put_((assigned, labels), torch.ones_like(labels), accumulate=True)

@@ -90,15 +90,25 @@ def read_extra(log_dir: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
     return read_table(path, extra_header(K), [*single, *((name, np.float64, (K,)) for name in PER_COMPONENT)])
 
 
+def shared(log: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """Returns the columns of both files, with the rows whose (epoch, step) both have, in the order of `extra`."""
+    places = {place: n for n, place in enumerate(_places(log))}
+    pairs = [(places[place], n) for n, place in enumerate(_places(extra)) if place in places]
+    of_log, of_extra = np.array(pairs, np.int64).reshape(-1, 2).T
+    return {name: column[of_log] for name, column in log.items()} | {name: of[of_extra] for name, of in extra.items()}
+
+
 def joined(log: Mapping[str, Any], extra: Mapping[str, Any], *, before: Position) -> Iterator[dict[str, Any]]:
-    """Yields the rows before an (epoch, step) that both files have, each with the columns of both."""
-    log, extra = ({name: column.tolist() for name, column in columns.items()} for columns in (log, extra))
-    places = {place: n for n, place in enumerate(zip(log["epoch"], log["step"], strict=True))}
-    for values in zip(*extra.values(), strict=True):
-        row = dict(zip(extra, values, strict=True))
-        place = row["epoch"], row["step"]
-        if place < before and place in places:
-            yield {name: column[places[place]] for name, column in log.items()} | row
+    """Yields these rows one by one, as far as they are before an (epoch, step)."""
+    columns = {name: column.tolist() for name, column in shared(log, extra).items()}
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        if (row["epoch"], row["step"]) < before:
+            yield row
+
+
+def _places(columns: Mapping[str, Any]) -> Iterator[Position]:
+    return zip(columns["epoch"].tolist(), columns["step"].tolist(), strict=True)
 
 
 def K_of(path: Path) -> int:

@@ -1,5 +1,6 @@
 """`mixture_scores.pt`: the responsibilities of all logged steps in one file; and how the scores of a run are read."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,15 @@ from mixture_torch.files.scores_format import (
     torn,
     unpacked,
 )
-from mixture_torch.files.shards import SHARD_FOLDER, SHARD_PATTERN, ScoreEntry, load_entry, load_list, readable
+from mixture_torch.files.shards import (
+    SHARD_FOLDER,
+    SHARD_PATTERN,
+    ScoreEntry,
+    entries_folder,
+    load_entry,
+    load_list,
+    readable,
+)
 
 SCORES_FILE = "mixture_scores.pt"
 
@@ -102,7 +111,7 @@ class ScoresFile(GrowingFile):
         return max((record.end for record in unpacked(self._index[-INDEX.size :])), default=len(HEADER))
 
 
-def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
+def read_scores(log_dir: str | os.PathLike[str]) -> list[ScoreEntry]:
     """Returns all responsibilities in a run folder, whichever `scores_mode` wrote them.
 
     Entries of `append` come first, in the order in which they were logged, whether or not they were flushed. Those of
@@ -110,14 +119,14 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
     and may be done while the run still writes.
 
     Args:
-        log_dir: The run folder, as given to the estimator.
+        log_dir: The run folder, as given to the estimator, or the file or folder of scores in it.
 
     Returns:
         Entries `{"step": int, "epoch": int, "responsibilities": (N, K) float32 CPU tensor}`.
 
     Raises:
-        FileNotFoundError: The folder has no scores of either mode.
-        ValueError: `mixture_scores.pt` is another program's.
+        FileNotFoundError: There is no such folder, or it has no scores of either mode.
+        ValueError: The file is another program's.
 
     Example:
         >>> import tempfile
@@ -130,8 +139,8 @@ def read_scores(log_dir: str | Path) -> list[ScoreEntry]:
         >>> read_scores(folder)[0]["responsibilities"].shape
         torch.Size([64, 2])
     """
-    folder = Path(log_dir)
-    shards, path = list((folder / SHARD_FOLDER).glob(SHARD_PATTERN)), folder / SCORES_FILE
+    shards = list(entries_folder(log_dir, SHARD_FOLDER).glob(SHARD_PATTERN))
+    path = Path(log_dir) if Path(log_dir).is_file() else Path(log_dir) / SCORES_FILE
     if not (shards or path.exists()):
         raise FileNotFoundError(
             f"`{log_dir}` has neither `{SCORES_FILE}` nor `{SHARD_FOLDER}/{SHARD_PATTERN}`; was `store_scores` on?"

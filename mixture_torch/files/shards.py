@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -111,6 +112,18 @@ def readable(paths: Iterable[Path], load: Callable[[Path], Entry]) -> Iterator[E
             continue
         except ValueError as error:
             warnings.warn(f"{error} The file was left out.", stacklevel=3)
+
+
+def entries_folder(place: str | os.PathLike[str], name: str) -> Path:
+    """Returns the folder `name` of a run, of which `place` is the run folder or that folder itself.
+
+    The latter may be one of a superseded run. Raises FileNotFoundError if there is no such place.
+    """
+    path = Path(place)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no `{place}`.")
+    inside = path / name
+    return path if path.name.split(".")[0] == name and not inside.exists() else inside
 
 
 def save(path: Path, value: object) -> None:

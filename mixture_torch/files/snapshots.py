@@ -1,11 +1,12 @@
 """`mixture_snapshots/step_000123.pt`: the mixture at one step, and figures too large for a row of the log."""
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from mixture_torch.files.shards import SHARD_PATTERN, is_count, load_checked, readable
+from mixture_torch.files.shards import SHARD_PATTERN, entries_folder, is_count, load_checked, readable
 
 SNAPSHOT_FOLDER = "mixture_snapshots"
 LAST_FILE = "mixture_last.pt"  # the state_dict that was given to the last `close`
@@ -18,17 +19,17 @@ def load_snapshot(path: Path) -> Snapshot:
     return cast(Snapshot, load_checked(path, _is_snapshot, expected="a snapshot of a mixture"))
 
 
-def read_snapshots(log_dir: str | Path) -> list[Snapshot]:
+def read_snapshots(log_dir: str | os.PathLike[str]) -> list[Snapshot]:
     """Returns the snapshots in a run folder, sorted by epoch and step: dicts of ints, floats and CPU tensors.
 
     mixture_torch/README.md lists the keys. Damaged files are left out with a warning. Reading changes no file and may
     be done while the run still writes.
 
     Args:
-        log_dir: The run folder, as given to the estimator.
+        log_dir: The run folder, as given to the estimator, or the folder of snapshots in it.
 
     Raises:
-        FileNotFoundError: The folder has no snapshots.
+        FileNotFoundError: There is no such folder, or it has no snapshots.
 
     Example:
         >>> import tempfile
@@ -42,7 +43,7 @@ def read_snapshots(log_dir: str | Path) -> list[Snapshot]:
         >>> read_snapshots(folder)[0]["spectrum_T"].shape
         torch.Size([8])
     """
-    paths = list((Path(log_dir) / SNAPSHOT_FOLDER).glob(SHARD_PATTERN))
+    paths = list(entries_folder(log_dir, SNAPSHOT_FOLDER).glob(SHARD_PATTERN))
     if not paths:
         missing = f"{SNAPSHOT_FOLDER}/{SHARD_PATTERN}"
         raise FileNotFoundError(f"`{log_dir}` has no `{missing}`; call `flush` in the run, or set `snapshot_every`.")

@@ -1,7 +1,7 @@
 """`watch` feeds an estimator the output of a layer, at each forward pass in training mode."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from mixture_core.config import as_integer
 from mixture_torch.context import register, update_compiled
 from mixture_torch.estimator import MixtureStats
+from mixture_torch.files.recorder import warn_caller
+from mixture_torch.update.ranks import is_out_of_memory, text_of
 
 Output: TypeAlias = int | str | Callable[[Any], Tensor] | None
 Reduce: TypeAlias = Literal["mean", "first", "each"]
@@ -28,6 +30,8 @@ def watch(
     The output is only read, so training is the same to the bit. Passes in evaluation mode, and those that activation
     checkpointing repeats, are ignored. You still call `log_step`. Copies of the layer are not watched.
 
+    A batch that cannot be used counts as one without rows. The first one is warned about, and training goes on.
+
     Args:
         module: The layer; it must itself be in training mode.
         estimator: One for each layer, each with its own `log_dir`.
@@ -39,8 +43,8 @@ def watch(
         forwards: Number of forward passes that make up a batch: 2 if each view has its own.
 
     Raises:
-        TypeError: An argument has the wrong type. In a forward pass: the embeddings are not a tensor.
-        ValueError: An argument is out of range. In a forward pass: the embeddings have a wrong shape.
+        TypeError: An argument has the wrong type. In a forward pass, with `strict`: the embeddings are not a tensor.
+        ValueError: An argument is out of range. In a forward pass, with `strict`: the embeddings have a wrong shape.
 
     Example:
         >>> import torch
@@ -84,7 +88,8 @@ class LayerHook:
         self.has_row = False  # whether the estimator was updated since this was last set to false
         self._output, self._reduce, self._views, self._forwards = output, reduce, views, forwards
         self._step: int | str | None = None
-        self._parts: list[Tensor] = []  # rows of an unfinished batch
+        self._parts: list[Tensor | _Unmade] = []  # rows of the passes of an unfinished batch
+        self._has_warned = False
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._key = register(self)  # by which compiled code finds it
 
@@ -106,24 +111,46 @@ class LayerHook:
         """The forward hook."""
         if not module.training:
             return
-        embeddings = _select(output, self._output)
-        if torch.compiler.is_compiling():
-            update_compiled(self._key, embeddings, None, None, 1)  # calls `update` when the code runs
+        found = _made(_select, output, self._output)
+        if torch.compiler.is_compiling():  # calls `update` when the code runs; for an error, it takes a text only
+            wrong = str(found.error) if isinstance(found, _Unmade) else None
+            update_compiled(self._key, torch.zeros(()) if wrong else found, None, wrong, 1)
         else:
-            self.update(embeddings)
+            self.update(found)
 
-    def update(self, embeddings: Tensor, labels: None = None, *, step: None = None, views: int = 1) -> None:
-        """Takes the output of one forward pass; updates the estimator if that completes a batch."""
+    def update(
+        self, found: "Tensor | _Unmade", labels: None = None, *, step: str | None = None, views: int = 1
+    ) -> None:
+        """Takes the output of one forward pass, or the text of an error as `step`; updates if the batch is complete."""
         if self._handle is None or torch._C._current_graph_task_id() != -1:  # removed, or repeated in a backward pass
             return
-        rows = _as_rows(embeddings.detach(), self._reduce)
-        if self._forwards > 1:
-            self._parts.append(rows.clone())  # the layer's output may be overwritten before the batch is complete
-            if len(self._parts) < self._forwards:
-                return
-            rows, self._parts = torch.cat(self._parts), []
-        self.estimator.update(rows, step=self._step, views=self._views)
+        self._parts.append(_made(self._rows, found if step is None else _Unmade(TypeError(step))))
+        if len(self._parts) < self._forwards:
+            return
+        parts, self._parts = self._parts, []
+        rows: Any = _made(_joined, parts, self._views)
+        try:
+            self.estimator.update(rows, step=self._step, views=self._views)
+        except (TypeError, ValueError) as error:
+            if self.estimator.config.strict:
+                raise
+            self._leave_out(error)
         self.has_row = True
+
+    def _rows(self, found: "Tensor | _Unmade") -> Tensor:
+        """Returns the rows of one forward pass."""
+        if isinstance(found, _Unmade):
+            raise found.error
+        rows = _as_rows(found.detach(), self._reduce)
+        return rows if self._forwards == 1 else rows.clone()  # the layer's output may be overwritten meanwhile
+
+    def _leave_out(self, error: Exception) -> None:
+        """Updates with a batch without rows instead of one with an error, so that no row repeats earlier figures."""
+        if self.estimator.stats:
+            self.estimator.update(self.estimator.stats.mu[:0], step=self._step)
+        if not self._has_warned:
+            self._has_warned = True
+            warn_caller(f"A batch of the watched layer was left out: {text_of(error)} This warning comes once.")
 
     def __enter__(self) -> "LayerHook":
         """Returns the hook."""
@@ -136,6 +163,28 @@ class LayerHook:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and files of the layer hold a hook that does nothing instead."""
         return _no_hook, ()
+
+
+class _Unmade:
+    """Stands for embeddings that could not be made. `update` meets the error where it can tell other ranks of it.
+
+    If the error is a lack of memory, `update` skips the batch.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        known = isinstance(error, (TypeError, ValueError)) or is_out_of_memory(error)
+        self.error = error if known else ValueError(f"{type(error).__name__}: {text_of(error)}.")
+
+    def __array__(self) -> NoReturn:
+        """Raises the error instead of returning an array."""
+        raise self.error
+
+
+def _made(make: Callable[..., Tensor], *arguments: Any) -> Tensor | _Unmade:
+    try:
+        return make(*arguments)
+    except Exception as error:  # any: `output` may be the user's function, and nothing may end the forward pass
+        return _Unmade(error)
 
 
 def _no_hook() -> Callable[..., None]:
@@ -157,12 +206,16 @@ def _select(output: Any, where: Output) -> Tensor:
         found = output[where] if isinstance(output, (tuple, list)) and -len(output) <= where < len(output) else None
     if not isinstance(found, Tensor):
         kinds = f" with the keys {list(output)}" if isinstance(output, Mapping) else ""
-        kinds = f" of {len(output)}" if isinstance(output, (tuple, list)) else kinds
+        kinds = f" with {len(output)} elements" if isinstance(output, (tuple, list)) else kinds
         raise TypeError(
-            f"`output` must select a tensor from what the layer returned, a {type(output).__name__}{kinds}, "
-            f"got output={where!r}, which selects a {type(found).__name__}."
+            f"`output` must select a tensor from what the layer returned, {_kind(output)}{kinds}, "
+            f"got output={where!r}, which selects {_kind(found)}."
         )
     return found
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _as_rows(x: Tensor, reduce: Reduce) -> Tensor:
@@ -177,5 +230,26 @@ def _as_rows(x: Tensor, reduce: Reduce) -> Tensor:
     if reduce == "each":
         return tokens.flatten(0, 1)
     if reduce == "first":
-        return tokens[:, 0]
+        tokens = tokens[:, :1]
     return tokens.mean(1, dtype=None if x.is_complex() else torch.float32)  # integers and float8 have no mean
+
+
+def _joined(parts: list[Tensor | _Unmade], views: int) -> Tensor:
+    """Returns the rows of all forward passes of a batch."""
+    rows = []
+    for part in parts:
+        if isinstance(part, _Unmade):
+            raise part.error
+        rows.append(part)
+    if len(rows) == 1:
+        return rows[0]
+    if len({part.shape[1] for part in rows}) > 1:
+        raise ValueError(f"All forward passes of a batch must have the same width, got {_shapes(rows)}.")
+    half = len(rows) // 2
+    if views == 2 and sum(map(len, rows[:half])) != sum(map(len, rows[-half:])):
+        raise ValueError(f"Both views of a batch must have the same number of rows, got {_shapes(rows)}.")
+    return torch.cat(rows)
+
+
+def _shapes(rows: list[Tensor]) -> str:
+    return " and ".join(str(tuple(part.shape)) for part in rows)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from mixture_core.alarms import Alarm
 from mixture_torch.report.run import Run
 from mixture_torch.report.series import buckets
-from mixture_torch.report.verdicts import Verdict
+from mixture_torch.report.verdicts import Verdict, noted
 
 Array: TypeAlias = npt.NDArray[Any]
 Json: TypeAlias = dict[str, Any]
@@ -18,7 +18,6 @@ Json: TypeAlias = dict[str, Any]
 BUCKETS = 1000  # points of a series
 COMPONENT_POINTS = 24_000  # points over the charts of one kind of all runs
 MOST_COMPONENTS = 64  # lines in a chart
-MOST_NOTED = 6  # components with their own colour; more could not be told apart
 MOST_FRAMES = 200  # positions of the slider
 MOST_EIGENVALUES = 64
 
@@ -58,21 +57,9 @@ def content(runs: tuple[Run, ...], found: Iterable[tuple[Verdict, ...]]) -> Json
         found: The verdicts about each.
     """
     drawn = [_run(run, verdicts, len(runs)) for run, verdicts in zip(runs, found, strict=True)]
-    charts = [{"name": chart.name, "log": chart.log} for chart in CHARTS if _is_known(chart, drawn)]
+    charts = [chart._asdict() for chart in CHARTS if any(chart.name in run["series"] for run in drawn)]
     frames = sorted({step for run in drawn for step in (run["plane"] or {"steps": []})["steps"]})
     return {"runs": drawn, "charts": charts, "frames": _spread(frames, MOST_FRAMES)}
-
-
-def noted(run: Run, verdicts: tuple[Verdict, ...]) -> list[int]:
-    """Returns the components to highlight: first those in verdicts, worst first, then those with the latest alarms."""
-    found = [k for verdict in verdicts for k in verdict.components] + [
-        alarm.component for alarm in reversed(run.alarms)
-    ]
-    return list(dict.fromkeys(k for k in found if k is not None))[:MOST_NOTED]
-
-
-def _is_known(chart: Chart, drawn: list[Json]) -> bool:
-    return any(chart.name in run["series"] for run in drawn)
 
 
 def _run(run: Run, verdicts: tuple[Verdict, ...], n_runs: int) -> Json:
@@ -92,7 +79,7 @@ def _run(run: Run, verdicts: tuple[Verdict, ...], n_runs: int) -> Json:
         "noted": marked,
         "series": series,
         "ranks": ranks,
-        "components": None if run.extra is None or not len(run.extra["step"]) else _components(run, marked, n_runs),
+        "components": None if run.extra is None else _components(run, marked, n_runs),
         "alarms": _alarms(run),
         "plane": _plane(snapshots) if snapshots else None,
     }
@@ -103,7 +90,7 @@ def _series(columns: Json, values: Array) -> Json:
     return {"x": _pack(step, "f8"), "low": _pack(low)} | ({} if low is high else {"high": _pack(high)})
 
 
-def _components(run: Run, marked: list[int], n_runs: int) -> Json:
+def _components(run: Run, marked: tuple[int, ...], n_runs: int) -> Json:
     """Weights and batch shares of the components drawn: those that are marked, then those that vary most."""
     assert run.extra is not None
     step, pi = run.extra["step"], _finite(run.extra["pi"])

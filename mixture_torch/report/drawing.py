@@ -1,14 +1,15 @@
 """Drawing for the panels of a figure: lines of any length, logarithmic axes with plain numbers, titles and remarks."""
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 
-from mixture_torch.report.run import Columns, Run
+from mixture_torch.report.run import Run
 from mixture_torch.report.series import Array, buckets
+from mixture_torch.report.verdicts import Verdict, noted, verdicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +21,7 @@ QUIET = ("#dce1e8", "#c3ccd6")  # alternate colours of components that did not c
 INK, GREY = "#222222", "#666666"
 LINES = ("-", "--", ":")
 POINTS = 500  # most buckets of a series; a panel is about as many pixels wide
-NOTHING = "no row has these figures"
-CHARACTERS, TITLE = 52, 38  # in a line of text and in a title that fill the width of a panel
+CHARACTERS = 52  # in a line of text that fills the width of a panel
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -29,10 +29,11 @@ class Shown:
     """A run, and how to draw it."""
 
     run: Run
-    colour: str  # used if there are several runs
+    verdicts: tuple[Verdict, ...]
+    colours: Mapping[int, str]  # of the components to highlight
+    colour: str  # of the run, used if there are several
     is_alone: bool
     span: tuple[float, float]  # first and last step of all runs
-    changed: Mapping[int, str]  # the colour of each component that raised an alarm
 
     def look(self, line: int) -> dict[str, Any]:
         """The style of a line: if there is one run, each line has a colour; otherwise each run has one."""
@@ -45,32 +46,18 @@ def shown(runs: Sequence[Run]) -> list[Shown]:
     span = min(ends, default=0.0), max(ends, default=1.0)
     if span[0] == span[1]:
         span = span[0] - 0.5, span[0] + 0.5
+    found = [verdicts(run) for run in runs]
     return [
         Shown(
             run=run,
+            verdicts=found[n],
+            colours=dict(zip(noted(run, found[n]), COLOURS, strict=False)),
             colour=COLOURS[n % len(COLOURS)],
             is_alone=len(runs) == 1,
             span=span,
-            changed=_changed(run),
         )
         for n, run in enumerate(runs)
     ]
-
-
-def _changed(run: Run) -> dict[int, str]:
-    """A colour for each component that raised an alarm, or for those that changed most if there are too many."""
-    most: dict[int, float] = {}
-    for alarm in run.alarms:
-        if alarm.component is not None:
-            size = abs(alarm.figures.get("deviation", np.inf))
-            most[alarm.component] = max(size, most.get(alarm.component, 0.0))
-    chosen = sorted(sorted(most, key=lambda k: -most[k])[: len(COLOURS)])
-    return dict(zip(chosen, COLOURS, strict=False))
-
-
-def has_rows(columns: Columns | None) -> TypeGuard[Columns]:
-    """Returns whether the file exists and has rows."""
-    return columns is not None and len(columns["step"]) > 0
 
 
 def line(axes: "Axes", step: Array, values: Array, look: Mapping[str, Any]) -> Array:
@@ -84,34 +71,26 @@ def line(axes: "Axes", step: Array, values: Array, look: Mapping[str, Any]) -> A
     return low
 
 
-def keys(axes: "Axes", runs: Sequence[Shown], labels: Mapping[int, str]) -> None:
-    """Adds the label of each line, by its number, to the legend."""
-    for number, label in labels.items():
+def keys(axes: "Axes", runs: Sequence[Shown], *labels: str) -> None:
+    """Adds the label of each line to the legend."""
+    for number, label in enumerate(labels):
         look = runs[0].look(number) if runs[0].is_alone else {"color": INK, "linestyle": LINES[number]}
         axes.plot([], [], label=label, **look)
 
 
-def lacking(axes: "Axes", runs: Sequence[Shown], has: Callable[[Shown], bool], why: str, what: str = "nothing") -> None:
-    """Names in the legend the runs without data for this panel; if no run has any, says why on the empty axes."""
-    without = [one.run.name for one in runs if not has(one)]
-    if len(without) == len(runs):
-        remark(axes, why)
-    elif without:
-        axes.plot([], [], " ", label=shorter(f"{what} of {', '.join(without)}", CHARACTERS - 12))
+def values_of(axes: "Axes") -> Array:
+    """Returns all finite values of the lines that were drawn."""
+    values = np.concatenate([np.empty(0), *(np.asarray(line.get_ydata(), float) for line in axes.lines)])
+    finite: Array = values[np.isfinite(values)]
+    return finite
 
 
 def remark(axes: "Axes", text: str) -> None:
-    """Replaces ticks, legend and any earlier remark on empty axes by this one."""
-    middle: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "transform": axes.transAxes,
-        "color": GREY,
-        "in_layout": False,
-    }
+    """Replaces everything on empty axes by a sentence."""
     for artist in [*axes.lines, *axes.texts]:
         artist.remove()
-    axes.text(0.5, 0.5, textwrap.fill(text[:1].upper() + text[1:] + ".", CHARACTERS - 10), **middle)
+    look: dict[str, Any] = {"ha": "center", "va": "center", "color": GREY, "in_layout": False}
+    axes.text(0.5, 0.5, textwrap.fill(text, CHARACTERS - 10), transform=axes.transAxes, **look)
     axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
 
 
@@ -131,14 +110,6 @@ def head(axes: "Axes", title: str, *, colour: str = INK) -> None:
     legend.get_title().set_color(colour)
 
 
-def head_of(axes: "Axes", one: Shown, title: str, short: str) -> None:
-    """Does the same for a panel of one run: a short title after its name if there are several runs."""
-    if one.is_alone:
-        head(axes, title)
-    else:
-        head(axes, f"{shorter(one.run.name, TITLE - len(short) - 2)}: {short}", colour=one.colour)
-
-
 def over_steps(axes: "Axes", runs: Sequence[Shown]) -> None:
     """Gives all panels over steps the same axis."""
     from matplotlib.ticker import MaxNLocator
@@ -151,23 +122,10 @@ def over_steps(axes: "Axes", runs: Sequence[Shown]) -> None:
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
 
-def from_zero(axes: "Axes") -> None:
-    """Lets the vertical axis begin at 0; if nothing was drawn, writes a remark instead."""
-    high = float(axes.dataLim.ymax)
-    if np.isfinite(high):
-        axes.set_ylim(0.0, 1.08 * max(high, 1e-300))
-    else:
-        remark(axes, NOTHING)
-
-
-def logarithmic(axes: "Axes", drawn: Sequence[Array], otherwise: str) -> None:
-    """Makes the vertical axis logarithmic; if there is nothing above 0, writes a remark instead."""
-    values = np.concatenate([*drawn, np.empty(0)])
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values):
-        remark(axes, otherwise)
-        return
-    low, high = float(values.min()), float(values.max())
+def logarithmic(axes: "Axes") -> None:
+    """Makes the vertical axis logarithmic, with room around the values above 0."""
+    values = values_of(axes)
+    low, high = float(values[values > 0].min()), float(values.max())
     low, high = min(low / 1.15, high / 2.0), high * 1.15
     axes.set_yscale("log")
     axes.set_ylim(low, high)

@@ -2,31 +2,45 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from mixture_torch.report import panels as draw
-from mixture_torch.report.drawing import CHARACTERS, Shown, shorter, shown
+from mixture_torch.report.drawing import CHARACTERS, Shown, head, logarithmic, remark, shorter, shown, values_of
+from mixture_torch.report.panels import LINE, batch, plane, verdict_lines, verdict_list, weights
 from mixture_torch.report.run import Run, read_runs
+from mixture_torch.report.together import ranks, share, spectrum, variance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TOGETHER: dict[str, Callable[["Axes", Sequence[Shown]], None]] = {  # all runs on the same axes
-    "variance": draw.variance,
-    "share": draw.share,
-    "ranks": draw.ranks,
-    "spectrum": draw.spectrum,
+
+class Panel(NamedTuple):
+    """What a panel draws, and what it says without data."""
+
+    draw: Callable[..., None]  # takes the axes and the runs
+    title: str
+    short: str = ""  # its title after the name of a run, if each run has its own axes
+    needs: str = ""  # the part of a run that it shows
+    lack: str = "nothing"  # what is not there without this part
+    scale: str = ""  # `log`, or `zero`, from which the axis begins
+
+
+PANELS = {
+    "variance": Panel(variance, "Variance", needs="extra", lack="no total", scale="log"),
+    "share": Panel(share, "Share of the variance between components", needs="extra", scale="log"),
+    "ranks": Panel(ranks, "Directions in use", needs="extra", lack="no participation ratio", scale="zero"),
+    "spectrum": Panel(spectrum, "Eigenvalues in the last snapshot", needs="snapshots", scale="log"),
+    "weights": Panel(weights, "Weights of the components", "weights", needs="extra", lack="no others"),
+    "batch": Panel(batch, "Share of the batch", "share of the batch", needs="extra", scale="zero"),
+    "plane": Panel(plane, "Components, seen where they differ most", "components", needs="snapshots"),
+    "verdicts": Panel(verdict_list, "Verdicts", "verdicts"),
 }
-APART: dict[str, Callable[["Axes", Shown], None]] = {  # each run on axes of its own
-    "weights": draw.weights,
-    "batch": draw.batch,
-    "plane": draw.plane,
-    "verdicts": draw.verdict_list,
-}
-PANELS = (*TOGETHER, *APART)
+WHY = {"extra": "There is no mixture_extra.csv with rows.", "snapshots": "There is no snapshot yet."}
+NOTHING = "All figures are 0 or unknown."
+Cell: TypeAlias = tuple[Panel, Sequence[Shown]]
 WIDTH, HEIGHT = 4.0, 2.65  # inches of a panel
 HEAD = 0.19  # inches of a row of names
+TITLE = 38  # characters in a title that fills the width of a panel
 MOST = 12  # runs that get their own axes
 STYLE = {
     "figure.dpi": 160,  # two columns are 1280 pixels wide
@@ -49,7 +63,7 @@ STYLE = {
 }
 
 
-def plot(*runs: Run | str | os.PathLike[str], panels: Sequence[str] = PANELS, columns: int = 2) -> "Figure":
+def plot(*runs: Run | str | os.PathLike[str], panels: Sequence[str] = tuple(PANELS), columns: int = 2) -> "Figure":
     """Returns a figure of one or more runs, finished or not.
 
     All runs share the panels `variance`, `share` (of the variance, between components), `ranks` and `spectrum`. Each
@@ -93,43 +107,58 @@ def plot(*runs: Run | str | os.PathLike[str], panels: Sequence[str] = PANELS, co
     if not panels or columns < 1:
         raise ValueError(f"A figure needs at least one panel and one column, got {len(panels)} and {columns}.")
     all_shown = shown(read_runs(*runs))
-    cells = _cells(panels, len(runs), columns)
-    heights = _heights(cells, all_shown, columns)
+    cells = _cells(panels, all_shown, columns)
+    heights = _heights(cells, columns)
     with style.context(["default", STYLE]):  # the user's own settings could make it illegible
         layout = ConstrainedLayoutEngine(w_pad=0.08)  # inches
         figure = Figure(figsize=(WIDTH * columns, sum(heights) + HEAD * (1 + len(runs) // columns)), layout=layout)
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         for place, cell in enumerate(cells):
-            if cell is None:
-                continue
-            name, number = cell
-            axes = figure.add_subplot(grid[divmod(place, columns)])
-            if name in TOGETHER:
-                TOGETHER[name](axes, all_shown)
-            else:
-                APART[name](axes, all_shown[number])
+            if cell is not None:
+                _draw(figure.add_subplot(grid[divmod(place, columns)]), *cell)
         _head(figure, all_shown, columns)
     return figure
 
 
-def _cells(panels: Sequence[str], n_runs: int, columns: int) -> list[tuple[str, int] | None]:
-    """The panel and run of each cell, row by row; a panel that is drawn once per run begins a row."""
-    cells: list[tuple[str, int] | None] = []
-    for name in panels:
-        n_cells = min(n_runs, MOST) if name in APART else 1
-        fill = [None] * (-len(cells) % columns if n_cells > 1 else 0)
-        cells += [*fill, *((name, number) for number in range(n_cells))]
+def _draw(axes: "Axes", panel: Panel, runs: Sequence[Shown]) -> None:
+    panel.draw(axes, *runs)
+    values = values_of(axes)
+    is_empty = not (values > 0).any() if panel.scale else not (len(values) or axes.collections or axes.texts)
+    without = [one.run.name for one in runs if panel.needs and not getattr(one.run, panel.needs)]
+    if is_empty:
+        remark(axes, WHY[panel.needs] if len(without) == len(runs) else NOTHING)
+    elif panel.scale == "log":
+        logarithmic(axes)
+    elif panel.scale == "zero":
+        axes.set_ylim(0.0, 1.08 * values.max())
+    if without and not is_empty:
+        of = "" if len(runs) == 1 else f" of {', '.join(without)}"
+        axes.plot([], [], " ", label=shorter(f"{panel.lack}{of}", CHARACTERS - 12))
+    if not panel.short or runs[0].is_alone:
+        head(axes, panel.title)
+    else:
+        name = shorter(runs[0].run.name, TITLE - len(panel.short) - 2)
+        head(axes, f"{name}: {panel.short}", colour=runs[0].colour)
+
+
+def _cells(names: Sequence[str], runs: Sequence[Shown], columns: int) -> list[Cell | None]:
+    """The panel and the runs of each cell, row by row; a panel that is drawn once per run begins a row."""
+    cells: list[Cell | None] = []
+    for panel in map(PANELS.__getitem__, names):
+        shares = [[one] for one in runs[:MOST]] if panel.short else [runs]
+        cells += [None] * (-len(cells) % columns if len(shares) > 1 else 0)
+        cells += [(panel, share) for share in shares]
     return cells
 
 
-def _heights(cells: Sequence[tuple[str, int] | None], runs: Sequence[Shown], columns: int) -> list[float]:
+def _heights(cells: Sequence[Cell | None], columns: int) -> list[float]:
     """The height of each row in inches; a row with only verdicts is as high as its text."""
     heights = []
     for begin in range(0, len(cells), columns):
         row = [cell for cell in cells[begin : begin + columns] if cell is not None]
-        n_lines = max([len(draw.verdict_lines(runs[number])) for name, number in row if name == "verdicts"], default=0)
-        is_text = all(name == "verdicts" for name, _ in row)
-        heights.append(0.3 + draw.LINE * max(n_lines, 2) / 72 if is_text else HEIGHT)
+        n_lines = max(len(verdict_lines(runs[0])) for _, runs in row)
+        is_text = all(panel.draw is verdict_list for panel, _ in row)
+        heights.append(0.3 + LINE * max(n_lines, 2) / 72 if is_text else HEIGHT)
     return heights
 
 

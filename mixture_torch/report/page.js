@@ -78,7 +78,7 @@ function scalarChart({ name, log }) {
   });
   const sizes = data.runs.flatMap(({ series }) => series[name] ? [...series[name].low, ...(series[name].high ?? [])] : []).filter((size) => size > 0);
   const [least, most] = sizes.reduce(([a, b], size) => [Math.min(a, size), Math.max(b, size)], [Infinity, 0]);
-  return { node: document.getElementById(`chart-${name}`), steps: true, traces, layout: () => overSteps(log ? { type: "log", nticks: most > 100 * least ? 5 : 3 } : { rangemode: "tozero" }, "x unified") };
+  return { node: document.getElementById(`chart-${name}`), steps: true, traces, layout: () => overSteps(log && most > 0 ? { type: "log", nticks: most > 100 * least ? 5 : 3 } : { rangemode: "tozero" }, "x unified") };
 }
 
 function componentChart(node) {

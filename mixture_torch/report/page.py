@@ -6,7 +6,7 @@ import math
 from importlib.resources import files
 from typing import Any
 
-from mixture_torch.report.content import BUCKETS, CHARTS, content
+from mixture_torch.report.content import BUCKETS, content
 from mixture_torch.report.run import Run
 from mixture_torch.report.verdicts import Verdict, verdicts
 
@@ -37,13 +37,11 @@ def render(*runs: Run) -> str:
         raise ImportError('`report` needs plotly and jinja2: pip install "mixture-diagnostics[report]"') from error
     found = [verdicts(run) for run in runs]
     data = content(runs, found)
-    shown = {chart["name"] for chart in data["charts"]}
     scripts = [get_plotlyjs().strip(), _asset("page.js")]
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html"))
     return page.render(
         runs=[_run(*one) for one in zip(runs, found, strict=True)],
         data=data,
-        charts=[chart for chart in CHARTS if chart.name in shown],
         scripts=scripts,
         hashes=[_hash(script) for script in scripts],
         style=_asset("page.css"),
@@ -83,25 +81,16 @@ def _last(run: Run) -> dict[str, str]:
     columns = run.log | (run.extra or {})
     names = ("step", "epoch", "K", "trace_T", "trace_B", "share_B", "participation_ratio")
     last = {name: float(columns[name][-1]) for name in names if name in columns and len(columns[name])}
-    if run.extra is not None:  # if it takes long, only every tenth step has it
-        known = run.extra["participation_ratio"][-10:]
-        last["participation_ratio"] = next((float(value) for value in known[::-1] if math.isfinite(value)), math.nan)
+    last["participation_ratio"] = run.directions
     shown = {name.replace("participation_", "participation "): figure(last.get(name)) for name in names}
     return shown | {"D": figure(run.D), "alarms so far": figure(len(run.alarms))}
 
 
 def _components(run: Run) -> list[dict[str, Any]]:
-    """The rows of the table of components; unknown figures are None."""
-    if run.extra is not None and len(run.extra["step"]):
-        columns = [run.extra[name][-1].tolist() for name in ("pi", "n", "rel")]
-    elif run.snapshots:
-        entry = run.snapshots[-1]
-        weight, total = entry["weight"].double(), float(entry["spectrum_T"].double().sum())
-        pi = (weight / weight.sum().clamp(min=1e-30)).tolist()
-        rel = [float(trace) / total if total > 0 else None for trace in entry["trace_Sigma"]]
-        columns = [pi, [None] * len(pi), rel]
-    else:
+    """The rows of the table of components."""
+    if run.extra is None:
         return []
+    columns = [run.extra[name][-1].tolist() for name in ("pi", "n", "rel")]
     alarms = {alarm.component: f"{alarm.kind}, step {alarm.step:,}" for alarm in run.alarms}
     return [
         {"k": k, "pi": pi, "n": n, "rel": rel, "alarm": alarms.get(k)}

@@ -1,15 +1,17 @@
 """Recomputes the alarms of a run from its files."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
 from mixture_core.alarms import CHANGES, Alarm, AlarmState, Reading, observe
+from mixture_torch.files.extra import shared
+from mixture_torch.files.log import Position
 
 BLOCK = 50_000  # rows at a time as Python numbers, which take much more memory than arrays
+FIGURES = Reading._fields[:-1]  # the last is the excess, which only snapshots have
 
 # Alarms, each with the first step after its level ended: None if the level lasts, and for a change.
 Past: TypeAlias = list[tuple[Alarm, int | None]]
@@ -25,31 +27,27 @@ def replay(log: Columns, extra: Columns, snapshots: Iterable[Mapping[str, Any]],
         snapshots: With `step`, `epoch` and `excess`.
         D: Width of the embeddings. If None, alarms that need it are left out.
     """
-    rows = _joined(log, extra, snapshots)
-    state, past = AlarmState(D=math.nan if D is None else D), Past()
+    excesses = {(entry["epoch"], entry["step"]): entry.get("excess", math.nan) for entry in snapshots}
+    state, excess, past = AlarmState(D=math.nan if D is None else D), math.nan, Past()
     lasting: dict[tuple[str, int | None], int] = {}
-    for begin in range(0, len(rows["step"]), BLOCK):
-        columns = [rows[name][begin : begin + BLOCK].tolist() for name in Reading._fields]
-        for reading in map(Reading, *columns):
-            state, alarms = observe(state, reading)
-            for alarm in alarms:
-                if alarm.kind not in CHANGES:
-                    lasting[alarm.kind, alarm.component] = len(past)
-                past.append((alarm, None))
-            for level in lasting.keys() - state.levels.keys():
-                place = lasting.pop(level)
-                past[place] = past[place][0], reading.step
+    for place, figures in _rows(log, extra):
+        state, alarms = observe(state, Reading._make((*figures, excess)))
+        excess = excesses.get(place, math.nan)  # a snapshot is seen with the next row
+        for alarm in alarms:
+            if alarm.kind not in CHANGES:
+                lasting[alarm.kind, alarm.component] = len(past)
+            past.append((alarm, None))
+        for level in lasting.keys() - state.levels.keys():
+            begun = lasting.pop(level)
+            past[begun] = past[begun][0], state.step
     return past
 
 
-def _joined(log: Columns, extra: Columns, snapshots: Iterable[Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
-    """The figures of a `Reading`, for the steps in both files."""
-    _, of_log, of_extra = np.intersect1d(log["step"], extra["step"], return_indices=True)
-    rows = {name: column[of_log] for name, column in log.items()} | {name: of[of_extra] for name, of in extra.items()}
+def _rows(log: Columns, extra: Columns) -> Iterator[tuple[Position, tuple[Any, ...]]]:
+    """The (epoch, step) and the figures of a `Reading`, but for the excess, of each row that both files have."""
+    rows = shared(log, extra)
     rows["n_rows"] = rows["n_rows"] - rows["n_ignored"]
-    rows["excess"] = np.full(len(of_log), np.nan)
-    for entry in snapshots:  # a snapshot is seen with the next row
-        place = int(np.searchsorted(rows["step"], entry["step"], side="right"))
-        if 0 < place < len(of_log) and rows["step"][place - 1] == entry["step"]:
-            rows["excess"][place] = entry.get("excess", np.nan)
-    return rows
+    for begin in range(0, len(rows["step"]), BLOCK):
+        block = {name: column[begin : begin + BLOCK].tolist() for name, column in rows.items()}
+        places = zip(block["epoch"], block["step"], strict=True)
+        yield from zip(places, zip(*(block[name] for name in FIGURES), strict=True), strict=True)

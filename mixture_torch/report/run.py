@@ -31,7 +31,7 @@ class Run:
         folder: Its path.
         name: Its name, without unprintable characters. `read_runs` makes names unique.
         log: `mixture.csv`, as `read_log` returns it.
-        extra: `mixture_extra.csv`, as `read_extra` returns it; None without one.
+        extra: `mixture_extra.csv`, as `read_extra` returns it; None without its rows.
         snapshots: As `read_snapshots` returns them.
         last: `mixture_last.pt`, the state_dict when the run was closed; None without one.
         config: Text of `config.yaml`; None without one.
@@ -43,15 +43,21 @@ class Run:
 
     folder: Path
     name: str
-    log: Columns
-    extra: Columns | None
-    snapshots: tuple[Snapshot, ...]
-    last: dict[str, Any] | None
-    config: str | None
+    log: Columns = attrs.field(repr=False)
+    extra: Columns | None = attrs.field(repr=False)
+    snapshots: tuple[Snapshot, ...] = attrs.field(repr=False)
+    last: dict[str, Any] | None = attrs.field(repr=False)
+    config: str | None = attrs.field(repr=False)
     missing: tuple[str, ...]
     alarms: tuple[Alarm, ...]
     ends: tuple[int | None, ...]
     D: int | None
+
+    @property
+    def directions(self) -> float:
+        """The last participation ratio that is known, as a wide mixture has one in every tenth step; or nan."""
+        ratios = np.empty(0) if self.extra is None else self.extra["participation_ratio"]
+        return float(ratios[np.isfinite(ratios)][-1]) if np.isfinite(ratios).any() else float("nan")
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -89,6 +95,9 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         extra = _rows(extra, _from(extra, log))
         if len(log["K"]) and extra["pi"].shape[1] != log["K"][-1]:
             missing.append(f"`mixture_extra.csv` has the columns of another K ({extra['pi'].shape[1]}).")
+            extra = None
+        elif not len(extra["step"]):
+            missing.append("`mixture_extra.csv` has no rows.")
             extra = None
     snapshots = tuple(entry for entry in _part(lambda: read_snapshots(folder), missing) or () if _fits(entry, log))
     last = _part(lambda: _last(folder / LAST_FILE), missing)
@@ -190,8 +199,7 @@ def _fits(entry: Snapshot, log: Columns) -> bool:
         "trace_Sigma": (K,), "axes": (2, D), "plane_mean": (K, 2), "plane_covariance": (K, 2, 2),
         "spectrum_B": (min(K, D),),
     }  # fmt: skip
-    tensors = {name: entry.get(name) for name in shapes}
-    if not all(isinstance(value, Tensor) and tuple(value.shape) == shapes[name] for name, value in tensors.items()):
+    if any(getattr(entry.get(name), "shape", None) != shape for name, shape in shapes.items()):
         return False
     place = (log["step"] == entry["step"]) & (log["epoch"] == entry["epoch"])
     return bool((log["K"][place] == K).any())
@@ -206,16 +214,14 @@ def _counted_on(
     if not len(turns):
         return log, extra, snapshots
     missing.append("Steps restart in later epochs; here they are renumbered to increase throughout.")
-    offsets = np.zeros(len(turns) + 1, np.int64)
-    for n, turn in enumerate(turns, 1):
-        offsets[n] = offsets[n - 1] + step[turn - 1] + 1 - step[turn]
+    offsets = np.concatenate([[0], np.cumsum(step[turns - 1] + 1 - step[turns])])
     begins = epoch[turns]  # in the order of rows, epochs only grow
 
     def later(columns: Mapping[str, Any]) -> dict[str, Any]:
         return {**columns, "step": columns["step"] + offsets[np.searchsorted(begins, columns["epoch"], side="right")]}
 
-    snapshots = tuple({**later(entry), "step": int(later(entry)["step"])} for entry in snapshots)
-    return later(log), None if extra is None else later(extra), snapshots
+    entries = tuple({**entry, "step": int(entry["step"])} for entry in map(later, snapshots))
+    return later(log), None if extra is None else later(extra), entries
 
 
 def _text(path: Path) -> str | None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from mixture_torch.files.extra import EXTRA_FILE
 from mixture_torch.files.log import LOG_FILE
 from mixture_torch.report.run import Run, printable, read_run
+from mixture_torch.report.series import buckets
 from mixture_torch.report.verdicts import Verdict, verdicts
 
 STYLES = {"wrong": "bold red", "changed": "bold yellow", "fine": "bold green", "unknown": "bold"}
@@ -54,19 +55,12 @@ def _row(line: str, *numbers: str) -> Text:
 
 def levels(values: npt.NDArray[np.float64], width: int) -> list[int | None]:
     """Returns a height from 0 to 7 for each of at most `width` buckets: that of the value furthest from the median."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return []
-    low, high, middle = finite.min(), finite.max(), np.median(finite)
-    heights: list[int | None] = []
-    for bucket in np.array_split(values, min(width, len(values))):
-        known = bucket[np.isfinite(bucket)]
-        if not len(known):
-            heights.append(None)
-            continue
-        furthest = known[np.abs(known - middle).argmax()]
-        heights.append(round(7 * float((furthest - low) / (high - low))) if high > low else 3)
-    return heights
+    finite = np.where(np.isfinite(values), values, np.nan)
+    _, low, high = buckets(np.arange(len(values)), finite, width)
+    least, middle, most = np.nanmin(finite), np.nanmedian(finite), np.nanmax(finite)
+    furthest = np.where(high - middle > middle - low, high, low)
+    heights = 7 * (furthest - least) / (most - least) if most > least else furthest * 0 + 3
+    return [None if np.isnan(height) else round(height) for height in heights.tolist()]
 
 
 def of_verdicts(found: tuple[Verdict, ...]) -> RenderableType:

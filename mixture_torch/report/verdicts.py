@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 
-from mixture_core.alarms import WINDOW, Alarm
-from mixture_torch.report.events import events_of, row_of
-from mixture_torch.report.quiet import no_rows, nothing, of_log
+from mixture_core.alarms import CHANGES, WINDOW
+from mixture_torch.report.changes import Change
+from mixture_torch.report.levels import WORDS, Level
+from mixture_torch.report.quiet import of_figures, of_log, unusable
 from mixture_torch.report.run import Run
-from mixture_torch.report.words import LEVELS, Verdict, of_event, of_level
+from mixture_torch.report.verdict import Verdict, together
 
-__all__ = ["Verdict", "verdicts"]
-GLOBAL = ("collapse", "dimensional collapse", "no structure")  # each explains those after it
+__all__ = ["Verdict", "noted", "verdicts"]
+MOST_NOTED = 6  # components with their own colour; more could not be told apart
 
 
 def verdicts(run: Run) -> tuple[Verdict, ...]:
@@ -21,48 +22,30 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
     Args:
         run: From `read_run`.
     """
-    if run.extra is None or not len(run.extra["step"]):
-        return (of_log(run),)
-    found = [*no_rows(run), *_of_alarms(run)]
+    found = [*unusable(run), *_of_alarms(run)]
     found.sort(key=lambda verdict: (verdict.level != "wrong", verdict.since))
-    return tuple(found) or (nothing(run),)
+    if found:
+        return tuple(found)
+    return (of_log(run) if run.extra is None else of_figures(run),)
+
+
+def noted(run: Run, found: tuple[Verdict, ...]) -> tuple[int, ...]:
+    """Returns the components to show in colour: those in verdicts, worst first, then those with the latest alarms."""
+    latest = [alarm.component for alarm in reversed(run.alarms) if alarm.component is not None]
+    return tuple(dict.fromkeys([*(k for verdict in found for k in verdict.components), *latest]))[:MOST_NOTED]
 
 
 def _of_alarms(run: Run) -> Iterator[Verdict]:
-    events, told = list(events_of(run)), set[int]()
-    for group in _levels(run):
-        alarm, row = group[0], row_of(run, group[0].since)
-        near = [n for n, event in enumerate(events) if -WINDOW <= row - row_of(run, event.since) <= WINDOW]
-        if alarm.kind in GLOBAL:
-            told.update(near)
-        elif any(alarm.component in events[n].lost for n in near):
-            continue  # the verdict on the event says that this component lost its samples
-        yield of_level(run, group, _end(run, group))
-    for n, event in enumerate(events):
-        if n not in told:
-            yield of_event(event)
-
-
-def _levels(run: Run) -> Iterator[list[Alarm]]:
-    """Yields groups of levels of one kind that began together, except those that a worse level explains."""
-    groups: list[list[Alarm]] = []
-    for alarm in run.alarms:
-        if alarm.kind in LEVELS:
-            row = row_of(run, alarm.since)
-            mates = (g for g in groups if g[0].kind == alarm.kind and abs(row - row_of(run, g[0].since)) <= WINDOW)
-            if (mate := next(mates, None)) is None:
-                groups.append([alarm])
-            else:
-                mate.append(alarm)
-    spans = {kind: [(g[0].since, _end(run, g)) for g in groups if g[0].kind == kind] for kind in GLOBAL}
-    for group in groups:
-        worse = GLOBAL[: GLOBAL.index(group[0].kind)] if group[0].kind in GLOBAL else GLOBAL[:1]
-        since = group[0].since
-        if not any(begin <= since and (end is None or since <= end) for kind in worse for begin, end in spans[kind]):
-            yield group
-
-
-def _end(run: Run, group: list[Alarm]) -> int | None:
-    """Returns the step at which the last level of a group ended; None if one of them lasts."""
-    ends = [end for alarm, end in zip(run.alarms, run.ends, strict=True) if any(alarm is one for one in group)]
-    return None if None in ends else max(end for end in ends if end is not None)
+    changes = [Change.of(run, group) for group in together(run, *CHANGES)]
+    levels = [Level.of(group) for kind in WORDS for group in together(run, kind)]
+    for level in levels:
+        if any(worse.explains(level) for worse in levels):
+            continue
+        near = [change for change in changes if abs(change.row - level.row) <= WINDOW]
+        if not level.components:  # it is about all embeddings, and explains these changes
+            changes = [change for change in changes if change not in near]
+        elif any(set(level.components) <= set(change.lost) for change in near):
+            continue  # the verdict on the change says that they lost their samples
+        yield level.verdict(run)
+    for change in changes:
+        yield change.verdict()

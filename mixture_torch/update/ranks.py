@@ -151,9 +151,9 @@ def together() -> Iterator[None]:
 
 
 def text_of(error: object) -> str:
-    """Returns an error's message in one line, or the name of its class if it has no readable message."""
+    """Returns an error's message in one printable line, or the name of its class if it has no readable message."""
     try:
-        return " ".join(str(error).split())
+        return "".join(char if char.isprintable() else "?" for char in " ".join(str(error).split()))
     except Exception:
         return type(error).__name__
 

@@ -85,8 +85,11 @@ def test_missing_extra_is_one_line(
 
 
 def test_runs_are_shown_without_what_the_demo_needs(runs: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.startswith(("sklearn", "mixture_torch.app")):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert main(["watch", runs[0]]) == 0
+    assert [main(words) for words in (["watch", runs[0]], ["report", runs[0]], ["demo", "--help"])] == [0, 0, 0]
 
 
 def test_demo_ends_with_the_path_of_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

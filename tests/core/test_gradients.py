@@ -11,7 +11,7 @@ from mixture_core import MixtureConfig, MixtureState, Moments, batch_moments, in
 from tests.core.common import DERIVED, gaussians
 from tests.tolerances import FLOAT32, FLOAT64, relative_error
 
-K, N, D = 4, 14, 3
+K, N, D = 4, 10, 3
 BAD = 5  # the row that holds a NaN
 # Central differences of width 1e-5 in float64: 1e-10 of truncation and as much of rounding, times the curvature.
 FINITE_DIFFERENCES = 1e-7

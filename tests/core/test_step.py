@@ -127,11 +127,9 @@ def test_batch_without_a_usable_row_leaves_the_state(mode: dict[str, str], batch
     assert torch.equal(stats.R, torch.zeros(batch.shape[0], 4))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@given(data=st.data())
-def test_bad_rows_count_for_nothing_but_n_ignored(mode: dict[str, str], data: st.DataObject) -> None:
+@given(embeddings(N=(1, 16), D=3, scale=10.0, with_bad_rows=True), st.sampled_from(MODES), st.data())
+def test_bad_rows_count_for_nothing_but_n_ignored(x: Tensor, mode: dict[str, str], data: st.DataObject) -> None:
     state = warm(MixtureConfig(K=4, **mode))
-    x = data.draw(embeddings(N=(1, 16), D=3, scale=10.0, with_bad_rows=True))
     own = data.draw(labels(N=x.shape[0], K=4, with_ignored=False))
     usable = (x.abs() < 1e13).all(dim=1)
     new, stats = step(state, x, own)

@@ -156,17 +156,28 @@ def test_other_K_in_one_log_is_said_once(tmp_path: Path) -> None:
     ]
 
 
-def test_readers_take_the_file_itself(tmp_path: Path) -> None:
-    cell(tmp_path)[0].close()
-    assert read_log(str(tmp_path / "mixture.csv"))["step"].tolist() == [0, 1, 2]
-    assert read_extra(tmp_path / "mixture_extra.csv")["step"].tolist() == [0, 1, 2]
+@pytest.mark.parametrize("scores_mode", MODES)
+def test_readers_take_the_file_or_folder_itself(tmp_path: Path, scores_mode: str) -> None:
+    for _ in range(2):
+        cell(tmp_path, existing="aside", scores_mode=scores_mode)[0].close()
+    for aside in ("", ".superseded-1"):
+        assert read_log(str(tmp_path / f"mixture{aside}.csv"))["step"].tolist() == [0, 1, 2]
+        assert read_extra(tmp_path / f"mixture_extra{aside}.csv")["step"].tolist() == [0, 1, 2]
+        scores = tmp_path / f"mixture_scores{aside}{'.pt' if scores_mode == 'append' else ''}"
+        assert [entry["step"] for entry in read_scores(str(scores))] == [0, 1, 2]
+        assert [entry["step"] for entry in read_snapshots(str(tmp_path / f"mixture_snapshots{aside}"))] == [2]
+
+
+@pytest.mark.parametrize("read", [read_log, read_extra, read_scores, read_snapshots])
+def test_readers_say_what_is_no_folder(tmp_path: Path, read: object) -> None:
+    assert callable(read)
+    with pytest.raises(FileNotFoundError, match=rf"^There is no `{tmp_path / 'x'}`\.$"):
+        read(tmp_path / "x")
 
 
 @pytest.mark.parametrize("read", [read_log, read_extra])
 def test_readers_say_what_is_no_run(tmp_path: Path, read: object) -> None:
     assert callable(read)
-    with pytest.raises(FileNotFoundError, match=rf"^There is no `{tmp_path / 'x'}`\.$"):
-        read(tmp_path / "x")
     with pytest.raises(FileNotFoundError, match=rf"^`{tmp_path}` has no `mixture(_extra)?.csv`; was "):
         read(tmp_path)
     (tmp_path / "loss.csv").write_text("step,loss\n0,1\n")

@@ -1,6 +1,6 @@
 """Alarms on SimCLR runs over the digits, with and without a fault: what is seen, how soon, and how often falsely.
 
-The seeds are others than those from which the limits were chosen. Only with `pytest -m slow -s`.
+The seeds are others than those from which the limits were chosen. Only with `pytest -n 0 -m slow -s`.
 """
 
 import math

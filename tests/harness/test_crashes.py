@@ -57,12 +57,12 @@ def interrupt(folder: Path, scenario: str, scores_mode: str, instant: Instant) -
 
 @scenarios
 def test_crash_at_some_calls_loses_no_row(tmp_path: Path, scenario: str, scores_mode: str) -> None:
-    assert at_every_instant(crash, tmp_path, scenario, scores_mode, step=17)
+    assert at_every_instant(crash, tmp_path, scenario, scores_mode, step=31)
 
 
 @scenarios
 def test_interrupt_at_some_calls_loses_no_row(tmp_path: Path, scenario: str, scores_mode: str) -> None:
-    assert at_every_instant(interrupt, tmp_path, scenario, scores_mode, step=17)
+    assert at_every_instant(interrupt, tmp_path, scenario, scores_mode, step=31)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The verdicts on demos with each fault, and without: are they right? All of them only with `pytest -m slow -s`."""
+"""The verdicts on demos with each fault, and without: are they right? All of them with `pytest -n 0 -m slow -s`."""
 
 import itertools
 from concurrent.futures import ProcessPoolExecutor

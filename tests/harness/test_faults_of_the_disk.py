@@ -223,7 +223,7 @@ def at_every_call(folder: Path, scenario: str, scores_mode: str, *, lasts: int, 
 @scenarios
 @pytest.mark.filterwarnings("ignore")
 def test_refusal_of_some_calls_costs_no_byte(tmp_path: Path, scenario: str, scores_mode: str) -> None:
-    assert at_every_call(tmp_path, scenario, scores_mode, lasts=1, step=17)
+    assert at_every_call(tmp_path, scenario, scores_mode, lasts=1, step=31)
 
 
 @pytest.mark.slow

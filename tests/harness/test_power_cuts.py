@@ -84,7 +84,7 @@ def cut(folder: Path, scenario: str, scores_mode: str, instant: Instant) -> None
 
 @scenarios
 def test_power_cut_at_some_calls_loses_no_flushed_row(tmp_path: Path, scenario: str) -> None:
-    assert at_every_instant(cut, tmp_path, scenario, "append", step=17)
+    assert at_every_instant(cut, tmp_path, scenario, "append", step=31)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Streams on which components may be moved: none moves for ever, none is missing where it belongs.
 
-In short with `pytest`; all settings and seeds with `pytest -m slow -s tests/harness/test_relocation.py`.
+In short with `pytest`; all settings and seeds with `pytest -n 0 -m slow -s tests/harness/test_relocation.py`.
 """
 
 import itertools

@@ -21,7 +21,7 @@ pytestmark = [needs_fork, pytest.mark.filterwarnings("ignore")]
 STEPS = 14
 AN_EPOCH = 5  # steps
 A_CHECKPOINT = 4  # steps
-LONGEST = 60  # calls that change the disk, of a process
+LONGEST = 100  # calls that change the disk, of a process
 
 MODES = ("ema", "per_batch", "label_supervised")
 ASSIGNERS = ("kmeans_online", "label_supervised")

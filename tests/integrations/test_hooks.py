@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixture_torch import MixtureStats, activate
-from mixture_torch.integrations import watch
+from mixture_torch import MixtureStats, activate, read_extra
+from mixture_torch.integrations import hooks, watch
+from tests.files.recording import said
 from tests.integrations.exact import OPTIONS, Net, log, plain, trained
 
 
@@ -89,19 +91,88 @@ def test_output_selects_the_embeddings(returned: Any, output: Any) -> None:
 @pytest.mark.parametrize(
     ("returned", "output", "error"),
     [
-        ((1, 2), None, r"`output` must select a tensor from what .*, a tuple of 2, got output=None"),
-        ({"z": 1}, "y", r"a dict with the keys \['z'\], got output='y'"),
-        ((1, 2), 5, r"a tuple of 2, got output=5"),
-        (SimpleNamespace(z=1), "y", r"a SimpleNamespace, got output='y'"),
-        (torch.zeros(3), None, r"must return rows .*, got \(3,\)"),
+        (None, None, r"`output` must select a tensor from what .*, None, got output=None, which selects None\."),
+        ((1, 2), 5, r"a value of type tuple with 2 elements, got output=5, which selects None\."),
+        ({"z": 1}, "y", r"a value of type dict with the keys \['z'\], got output='y', which selects None\."),
+        (
+            SimpleNamespace(z=1),
+            "z",
+            r"a value of type SimpleNamespace, got output='z', which selects a value of type int\.",
+        ),
+        ({"z": 1}, lambda out: out["y"], r"KeyError: 'y'\."),
+        (torch.zeros(3), None, r"must return rows .*, got \(3,\)\."),
     ],
+    ids=["none", "tuple", "dict", "attribute", "function", "vector"],
 )
-def test_output_without_embeddings_is_named(returned: Any, output: Any, error: str) -> None:
+def test_output_without_embeddings_is_said_once_and_raises_if_strict(returned: Any, output: Any, error: str) -> None:
     layer = nn.Identity()
-    watch(layer, estimator(), output=output)
-    with pytest.raises((TypeError, ValueError), match=error) as raised:
+    with watch(layer, estimator(), output=output), said() as messages:
+        layer(returned), layer(returned)
+    (message,) = messages
+    assert re.search(f"left out: .*{error} This warning comes once", message)
+    with watch(layer, estimator(strict=True), output=output), pytest.raises((TypeError, ValueError), match=error):
         layer(returned)
-    assert "\n" not in str(raised.value)
+
+
+def test_output_without_embeddings_is_said_by_compiled_code() -> None:
+    torch._dynamo.reset()
+    layer = nn.Identity()
+    run = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
+    with watch(layer, estimator()), said() as messages:
+        run(None)
+    (message,) = messages
+    assert "None, got output=None, which selects None. This warning comes once." in message
+
+
+@pytest.mark.parametrize(
+    ("parts", "views", "error"),
+    [
+        ([(32, 4), (32, 6)], 1, r"must have the same width, got \(32, 4\) and \(32, 6\)\."),
+        ([(32, 4), (30, 4)], 2, r"must have the same number of rows, got \(32, 4\) and \(30, 4\)\."),
+        ([(32, 5), (32, 5)], 1, r"must have shape \(N, 4\), got \(64, 5\)\."),
+    ],
+    ids=["widths", "views", "another width"],
+)
+def test_batch_that_cannot_be_used_is_logged_as_one_without_rows(
+    parts: Any, views: int, error: str, tmp_path: Path
+) -> None:
+    layer, seen = nn.Identity(), estimator(log_dir=tmp_path)
+    watch(layer, seen, views=views, forwards=2)
+    with said() as messages:
+        for step, shapes in enumerate([[(32, 4), (32, 4)], parts, parts, [(32, 4), (32, 4)]]):
+            for shape in shapes:
+                layer(rows(*shape))
+            seen.log_step(step=step, epoch=0)
+    (message,) = messages
+    assert re.search(error, message)
+    assert read_extra(tmp_path)["n_rows"].tolist() == [64, 0, 0, 64]
+
+
+@pytest.mark.parametrize("shortage", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("where", ["_select", "_as_rows", "_joined"])
+def test_shortage_of_memory_skips_the_batch(
+    where: str, forwards: int, shortage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise shortage("no memory")
+
+    layer, seen, plainly = nn.Identity(), estimator(), estimator()
+    watch(layer, seen, forwards=forwards)
+    first, *others, short = [rows(forwards, 32, 4) + number for number in range(4)]
+    for batch in (first, short, *others):
+        *earlier, last = batch
+        for part in earlier:
+            layer(part)
+        if batch is short:
+            with monkeypatch.context() as patch, said() as messages:
+                patch.setattr(hooks, where, fail)
+                layer(last)
+            assert messages == ["`update` ran out of memory and skips such batches: no memory"]
+        else:
+            layer(last)
+            plainly.update(batch.flatten(0, 1))
+    assert same_mixture(seen, plainly)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.float16])

@@ -1,8 +1,5 @@
 """The Lightning callback."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +15,13 @@ from lightning.pytorch.loggers import CSVLogger
 from mixture_torch import MixtureStats, read_log
 from mixture_torch.integrations.lightning import MixtureCallback
 from tests.integrations.exact import EPOCHS, OPTIONS, STEPS, Net, batches, log, loss_of, optimizer_of, plain
-from tests.integrations.lightning_runs import Module, fit
+from tests.integrations.lightning_runs import Module, ddp, ended, fit, free_port, killed
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore:.*LeafSpec.*")
-ROOT = Path(__file__).parents[2]
 
 
 def mixture(folder: Path | None = None, **options: Any) -> MixtureCallback:
     return MixtureCallback("net.projector", log_dir=folder, **(OPTIONS | options))
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +35,25 @@ def test_lightning_writes_the_log_of_a_plain_loop(plain_log: bytes, tmp_path: Pa
     assert log(tmp_path) == plain_log
 
 
-def test_two_ranks_write_the_log_of_a_plain_loop_and_monitor_it(plain_log: bytes, tmp_path: Path) -> None:
-    script = ["-m", "tests.integrations.lightning_runs", "ddp", str(tmp_path)]
-    ended = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert log(tmp_path) == plain_log
-    scores = [line for line in ended.stdout.splitlines() if line.startswith("best")]
-    assert scores == 2 * [f"best {min(read_trace(tmp_path))}"]  # on both ranks
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of a run on two ranks, and what each of them came to."""
+    folder, port = tmp_path_factory.mktemp("ddp"), free_port()
+    assert ended(*((ddp, (rank, port, folder)) for rank in range(2))) == [0, 0]
+    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_write_the_log_of_a_plain_loop_and_monitor_it(plain_log: bytes, two_ranks: Any) -> None:
+    folder, ranks = two_ranks
+    assert log(folder) == plain_log
+    assert [rank["best"] for rank in ranks] == 2 * [min(read_trace(folder))]
+
+
+@pytest.mark.parametrize("how", ["lightning", "watch"])
+def test_weights_on_two_ranks_are_the_same_to_the_bit(how: str, two_ranks: Any) -> None:
+    _, ranks = two_ranks
+    without, *others = (weights for rank in ranks for weights in rank[how])
+    assert all(torch.equal(weights, without) for weights in others)
 
 
 def read_trace(folder: Path) -> list[float]:
@@ -58,10 +61,9 @@ def read_trace(folder: Path) -> list[float]:
 
 
 def test_a_killed_and_resumed_run_has_the_log_of_a_whole_one(plain_log: bytes, tmp_path: Path) -> None:
-    ended = run("-m", "tests.integrations.lightning_runs", "killed", str(tmp_path))
-    assert ended.returncode == -9, ended.stderr[-3000:]
+    assert ended((killed, (tmp_path,))) == [-9]
     assert len(read_log(tmp_path)["step"]) == 6
-    (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")  # of step 4
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")  # of step 4
     with pytest.warns(UserWarning, match="superseded|moved"):
         fit(tmp_path, mixture(tmp_path), ckpt=checkpoint)
     assert log(tmp_path) == plain_log

@@ -46,7 +46,7 @@ def read(folder: Path) -> EventAccumulator:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["folder", "writer"])
-def test_tensorboard_has_the_scalars_the_alarms_and_the_plane(own: bool, tmp_path: Path) -> None:
+def test_tensorboard_has_the_scalars_the_alarms_the_plane_and_charts(own: bool, tmp_path: Path) -> None:
     scalars = run(TensorBoard(SummaryWriter(tmp_path) if own else tmp_path))
     found = read(tmp_path)
     assert set(found.Tags()["scalars"]) == {*scalars, *(f"mixture/{name}" for name in READINGS)}
@@ -58,12 +58,6 @@ def test_tensorboard_has_the_scalars_the_alarms_and_the_plane(own: bool, tmp_pat
     assert b"composition (component " in alarm.tensor_proto.string_val[0]
     (image,) = found.Images("mixture/plane")
     assert (image.step, image.width, image.height) == (STEPS - 1, 600, 600)
-
-
-@pytest.mark.parametrize("own", [False, True], ids=["folder", "writer"])
-def test_tensorboard_groups_series_in_charts(own: bool, tmp_path: Path) -> None:
-    run(TensorBoard(SummaryWriter(tmp_path) if own else tmp_path))
-    found = read(tmp_path)
     (event,) = found.Tensors("custom_scalars__config__")
     (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
     assert category.title == "mixture"

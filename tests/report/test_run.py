@@ -34,7 +34,7 @@ def test_every_cut_of_the_files_is_read(tmp_path: Path) -> None:
     snapshot = next((tmp_path / "mixture_snapshots").iterdir())
     for path in (tmp_path / "mixture.csv", tmp_path / "mixture_extra.csv", snapshot, tmp_path / "mixture_last.pt"):
         whole = path.read_bytes()
-        for size in {*range(0, len(whole), max(1, len(whole) // 40)), len(whole) - 1}:
+        for size in {*range(0, len(whole), max(1, len(whole) // 20)), len(whole) - 1}:
             path.write_bytes(whole[:size])
             read_run(tmp_path)
         path.write_bytes(whole)
@@ -90,7 +90,8 @@ def test_steps_that_begin_anew_in_each_epoch_are_counted_on(tmp_path: Path) -> N
     run = read_run(tmp_path)
     assert run.extra is not None
     assert run.log["step"].tolist() == run.extra["step"].tolist() == list(range(12))
-    assert run.snapshots[-1]["step"] == 11
+    assert [entry["step"] for entry in run.snapshots] == [11]
+    assert isinstance(run.snapshots[0]["step"], int)  # the page writes it as JSON
     assert "renumbered" in " ".join(run.missing)
 
 

@@ -64,7 +64,7 @@ def test_watch_waits_redraws_and_survives(tmp_path: Path, monkeypatch: pytest.Mo
         ]
     )
     monkeypatch.setattr(time, "sleep", lambda _: next(acts)())
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
+    console = Console(file=io.StringIO(), force_terminal=True, width=300, height=40)
     terminal.watch(folder, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     places = [text.index(word) for word in ("Waiting for the first row", "fine", "A group of samples", "begins with")]

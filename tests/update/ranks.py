@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -95,6 +96,8 @@ def _as_tensor(leaf: Any) -> Any:
 
 def start(folder: Path, cases: dict[str, Case]) -> Results:
     """Returns the results of all cases, from processes that have all ended, at the limit at the latest."""
+    if not dist.is_gloo_available():
+        pytest.skip("needs gloo")
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.update.cases"])  # so that torch is imported once
     processes = [context.Process(target=run_cases, args=(rank, folder, cases)) for rank in range(WORLD)]

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import FLOAT32
-from tests.update.matrix import COMBINATIONS, EXCHANGES, SCENARIOS, WORLDS, alone, name, sizes
-from tests.update.ranks import Results
+from tests.update.matrix import CASES, COMBINATIONS, EXCHANGES, SCENARIOS, WORLDS, alone, name, sizes
+from tests.update.ranks import Results, start
 from tests.wrapper.samples import assert_close, bits
 
 KEYS = ("pi", "mu", "Sigma", "B", "trace_B", "opnorm_B", "n_ignored", "n_relocated")
 ENTRIES = 6  # numbers that every rank tells all others before an update
 
 Found = list[dict[tuple[int, str], list[dict[str, Any]]]]  # of each rank, by combination and exchange, call by call
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return start(tmp_path_factory.mktemp("ranks"), CASES)
 
 
 @pytest.fixture(params=[(scenario, world) for scenario in SCENARIOS for world in WORLDS], ids=lambda p: name(*p))

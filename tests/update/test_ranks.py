@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from tests.tolerances import FLOAT32
-from tests.update.cases import FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, STEPS, WHEN, shares
+from tests.update.cases import CASES, FAULTS, FEW, LABELLED, LOADED, OTHER_OPTIONS, SIZES, STEPS, WHEN, shares
 from tests.update.matrix import EXCHANGES
-from tests.update.ranks import WORLD, Results
+from tests.update.ranks import WORLD, Results, start
 from tests.wrapper.samples import assert_close, bits, estimator, mixture, unchanged
 
 ranks = pytest.mark.parametrize("rank", range(WORLD))
@@ -23,6 +23,11 @@ FOREIGN = {
     "an error that cannot be said": "Unspeakable",
     "a subclass that raises": "hands off",
 }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return start(tmp_path_factory.mktemp("ranks"), CASES)
 
 
 def assert_state_close(found: dict[str, Any], expected: Any) -> None:
