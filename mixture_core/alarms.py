@@ -1,7 +1,6 @@
 """Alarms: what changed, and what is wrong, according to the figures that are logged at each step.
 
-`observe` is a pure function that takes the rows of a log one by one, during training or afterwards. It computes with
-plain numbers because it runs on the host at each training step.
+`observe` takes the rows of a log one by one, in training or afterwards. It computes with plain numbers, on the host.
 """
 
 import math
@@ -12,19 +11,20 @@ import attrs
 
 BASELINE, GAP = 40, 4  # a row is compared with the 40 rows before a gap of 4 rows
 WINDOW = BASELINE + GAP
-# A figure has changed if two rows in succession are off by more standard deviations than this. With these limits, 1 of
-# 35 healthy SimCLR runs over digits (260 steps, K = 10, D = 32) raised a false alarm.
-CHANGE, CHANGE_OF_SCALARS = 3.5, 4.0  # successive changes over two rows share a row, so chance brings two more easily
+# In standard deviations. Successive changes of scalars over two rows share a row, so chance brings two more easily.
+CHANGE, CHANGE_OF_SCALARS = 3.5, 4.0
 SCALARS = ("trace_T", "share_B")
+LEAST_CHANGES = (0.01, 0.03)  # of the logarithms of these over two rows; smaller ones have not changed
+LEAST_ROWS = 6  # of a component in a batch; with fewer, two batches in succession without any are no surprise
 CHANGES = ("composition", *SCALARS)  # kinds of alarms
-# Compared figures are whole multiples of this unit, so running sums are exact and depend on the window alone.
-UNIT = 2.0**-19
+UNIT = 2.0**-19  # compared figures are whole multiples of it, so running sums are exact and depend on the window alone
 LASTING = 20  # rows in succession after which a level is reported
 LASTING_EXCESS = 2  # the same for the excess, in rows that have it: it is not computed at each step
 COLLAPSED = 0.05  # trace_T; rows of norm 1 that fill the sphere have 1
-FLAT, ONE_WAY = 0.15, 0.25  # participation_ratio / D, and opnorm_B / trace_B, at dimensional collapse
+NORM_1 = 1.01  # trace_T of rows of norm 1 is at most 1; with room for rounding
+FLAT, ONE_WAY = 0.09, 0.25  # participation_ratio / D, and opnorm_B / trace_B, at dimensional collapse
 SHAPELESS, ROUND = 0.06, 0.5  # excess, and participation_ratio / D, of embeddings without clusters
-POINT = 0.2  # rel of a component relative to the median
+POINT = 0.08  # rel of a component relative to the median
 DEAD = 0.01  # pi times K
 SEEDING_ROWS = 4  # per component, until which components mean nothing yet
 
@@ -116,15 +116,16 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     """Returns the state after one more row of the log, and the alarms that this row raises.
 
     The compared figures are sqrt(n_k / N) for each component, whose standard deviation, 1 / (2 sqrt(N)), does not
-    depend on the share n_k / N, and the changes of log trace_T and log share_B over two rows: they are averages over a
-    window, and how far such averages wander does not show in a few rows. Each figure is compared with the 40 rows
-    before a gap of 4 rows: its deviation is the distance from their mean, in standard deviations. A figure has changed
-    if its deviation exceeds the limit in two rows in succession, with the same sign. A change need not be a fault. For
-    the next 44 rows the figure raises no further alarm. After a relocation, components mean something else, and their
-    comparison begins again. Rows without usable embeddings are skipped.
+    depend on the share n_k / N, and the changes of log trace_T and log share_B over two rows, because these averages
+    over a window wander. A figure is compared with the 40 rows before a gap of 4 rows: its deviation is the distance
+    from their mean, in standard deviations. It has changed if its deviation exceeds the limit in two rows in
+    succession, with the same sign; small changes of trace_T and share_B, and losses of fewer than 6 rows, are ignored.
+    A change need not be a fault. For the next 44 rows the figure raises no further alarm. After a relocation,
+    components mean something else, and their comparison begins again. Rows without usable embeddings are skipped.
 
-    Levels assume embeddings of norm 1. A level is reported once it has lasted for 20 rows, and again if it ends and
-    comes back. If its figures are not known, the level stays as it is. Levels of components begin after 4 K embeddings.
+    A level is reported once it has lasted for 20 rows, and again if it ends and comes back. If its figures are not
+    known, the level stays as it is. Levels of components begin after 4 K embeddings. Levels assume embeddings of norm
+    1; after trace_T has exceeded 1, dimensional collapse and point components are not reported.
 
     Args:
         state: `AlarmState(D=...)` before the first row.
@@ -149,9 +150,10 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     """
     if not (K := len(reading.pi)) == len(reading.n) == len(reading.rel) or not K:
         raise ValueError("`pi`, `n` and `rel` of a reading must have one figure for each component.")
-    if not reading.n_rows or not math.isfinite(reading.trace_T + reading.trace_B + sum(reading.n)):
+    if min(reading.n_rows - 1, *reading.n) < 0 or not math.isfinite(reading.trace_T + reading.trace_B + sum(reading.n)):
         return state, ()
-    now = _logarithms(reading)
+    trace_T = max(reading.trace_T, 1e-12)
+    now = math.log(trace_T), math.log(max(reading.trace_B / trace_T, 1e-12))
     before = () if reading.n_relocated else state.scalars  # a relocation changes share_B
     unit = math.sqrt(reading.n_rows) * UNIT
     changes = [(value - earlier) // UNIT for value, earlier in zip(now, (*before, now)[0], strict=True)]
@@ -186,26 +188,23 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     return after, (*[_change(state, reading, i, off[i]) for i in changed], *lasting)
 
 
-def _logarithms(reading: Reading) -> Row:
-    trace_T = max(reading.trace_T, 1e-12)
-    return math.log(trace_T), math.log(max(reading.trace_B / trace_T, 1e-12))
-
-
 def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, float]:
     """Deviation of each figure that is beyond its limit, in standard deviations."""
     K = len(row) - len(SCALARS)
     least = 0.5 / math.sqrt(n_rows) / UNIT  # the standard deviation from sampling the batch
-    suspects = [(K + i, CHANGE_OF_SCALARS, 1.0) for i in range(len(SCALARS))]
+    bounds = enumerate(LEAST_CHANGES, K)
+    suspects = [(i, CHANGE_OF_SCALARS, 1.0) for i, bound in bounds if abs(row[i]) * UNIT > bound]
     if settled >= WINDOW:
         bound = BASELINE * CHANGE * least
         away = [BASELINE * value - total for value, total in zip(row[:K], state.sums[:K], strict=True)]
         suspects += [(i, CHANGE, least) for i, distance in enumerate(away) if not -bound < distance < bound]
+    few = BASELINE * 2 * math.sqrt(LEAST_ROWS) * least
     off: dict[int, float] = {}
     for i, limit, least in suspects:
         total = state.sums[i]
         variance = (BASELINE * state.squares[i] - total * total) / (BASELINE * (BASELINE - 1))
         deviation = (row[i] - total / BASELINE) / math.sqrt(max(variance, least * least))
-        if abs(deviation) > limit:
+        if deviation > limit or (deviation < -limit and (i >= K or total >= few)):
             off[i] = deviation
     return off
 
@@ -242,7 +241,8 @@ def _beyond(D: float, reading: Reading, largest: float) -> Iterator[tuple[str, i
     one_way = reading.opnorm_B / reading.trace_B if reading.trace_B > 0 else 0.0
     if reading.trace_T < COLLAPSED * min(largest, 1.0):
         yield "collapse", None, {"trace_T": reading.trace_T}
-    if math.isnan(used + one_way) or (used < FLAT and one_way > ONE_WAY):
+    has_norm_1 = largest <= NORM_1
+    if has_norm_1 and (math.isnan(used + one_way) or (used < FLAT and one_way > ONE_WAY)):
         yield "dimensional collapse", None, {"participation_ratio / D": used, "opnorm_B / trace_B": one_way}
     if math.isnan(excess + used) or (excess < SHAPELESS and used > ROUND):
         yield "no structure", None, {"excess": excess, "participation_ratio / D": used}
@@ -250,8 +250,8 @@ def _beyond(D: float, reading: Reading, largest: float) -> Iterator[tuple[str, i
     for k in dead:
         yield "dead component", k, {"pi": pi[k]}
     is_known = not math.isnan(sum(rel))
-    if is_known and min(rel) >= POINT * max(rel):
-        return  # the usual case, without sorting
+    if not has_norm_1 or (is_known and min(rel) >= POINT * max(rel)):
+        return  # the latter is the usual case, without sorting
     alive = [k for k in range(K) if k not in dead]
     ordered = sorted([rel[k] for k in alive])
     median = (ordered[(len(alive) - 1) // 2] + ordered[len(alive) // 2]) / 2 if alive and is_known else math.nan

@@ -91,8 +91,9 @@ class StepStats(Mapping[str, Tensor]):
         return len(self.KEYS)
 
     def __repr__(self) -> str:
-        """Returns the main shapes and all names, in one line."""
-        return f"StepStats(R: {tuple(self.R.shape)}, mu: {tuple(self.mu.shape)}, and {', '.join(self.KEYS)})"
+        """Returns N, K, D and the names, in one line."""
+        N, (K, D) = self.R.shape[-2], self.mu.shape[-2:]
+        return f"StepStats(N={N}, K={K}, D={D}; {', '.join(self.KEYS)})"
 
     # A Mapping would compare tensors entry by entry, which has no truth value.
     def __eq__(self, other: Any) -> bool:

@@ -15,6 +15,7 @@ from mixture_torch.update.stats import StepStats
 if TYPE_CHECKING:
     from mixture_torch.report.figures import plot
     from mixture_torch.report.run import read_run
+    from mixture_torch.report.verdicts import verdicts
 
 __all__ = [
     "MixtureRuntimeConfig",
@@ -29,11 +30,12 @@ __all__ = [
     "read_run",
     "read_scores",
     "read_snapshots",
+    "verdicts",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `plot` and `read_run` when they are asked for, as training needs neither."""
+    """Imports what reads runs when it is asked for, as training does not need it."""
     if name == "plot":
         from mixture_torch.report.figures import plot
 
@@ -42,4 +44,13 @@ def __getattr__(name: str) -> Any:
         from mixture_torch.report.run import read_run
 
         return read_run
+    if name == "verdicts":
+        from mixture_torch.report.verdicts import verdicts
+
+        return verdicts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Returns the public names, so that completion offers all of them."""
+    return sorted({*globals(), *__all__})

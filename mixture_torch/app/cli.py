@@ -126,7 +126,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="The picture, a .png, .pdf or .svg file.")],
 ) -> None:
     """Draws the series, the spectra and the components of one or more runs."""
-    with one_line_errors():
+    with one_line_warnings(), one_line_errors():
         if out.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"`--out` must end in .png, .pdf or .svg, got `{out}`.")
         picture = io.BytesIO()
@@ -142,7 +142,7 @@ def report(
 ) -> None:
     """Prints the verdicts on one or more runs, and writes a page about them that opens without a network."""
     out = out or runs[0] / REPORT_FILE
-    with one_line_errors():
+    with one_line_warnings(), one_line_errors():
         if out.suffix not in (".html", ".htm"):
             raise ValueError(f"`--out` must end in .html, got `{out}`.")
         read = read_runs(*runs)

@@ -105,7 +105,7 @@ class Fault:
 FAULTS = {
     "none": Fault(summary="nothing is wrong"),
     "no-negatives": Fault(summary="the loss has lost its negatives", onset=FIRST, loss=positives_only),
-    "temperature": Fault(summary="the temperature of the loss is 5", onset=FIRST, loss=NTXentLoss(temperature=5.0)),
+    "temperature": Fault(summary="the temperature of the loss is 50", onset=FIRST, loss=NTXentLoss(temperature=50.0)),
     "learning-rate": Fault(summary="the learning rate is 30 times as high", learning_rate=30.0),
     "watermark": Fault(summary="both views of an image share a watermark", onset=FIRST, batch=with_watermark),
     "no-augmentation": Fault(summary="both views are the image itself", onset=FIRST, batch=without_augmentation),

@@ -95,7 +95,7 @@ def _table_of_figures(report: Report) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("mean purity", f"{report.mean_purity:.3f}")
-    table.add_row("normalised mutual information with the digits", f"{report.mutual_information:.3f}")
+    table.add_row("normalized mutual information with the digits", f"{report.mutual_information:.3f}")
     table.add_row("trace_B over total variance", f"{report.between_share:.3f}")
     table.add_row("participation ratio", f"{report.participation_ratio:.2f}")
     return table

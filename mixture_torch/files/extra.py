@@ -91,9 +91,9 @@ def read_extra(log_dir: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
 
 
 def shared(log: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """Returns the columns of both files, with the rows whose (epoch, step) both have, in the order of `extra`."""
-    places = {place: n for n, place in enumerate(_places(log))}
-    pairs = [(places[place], n) for n, place in enumerate(_places(extra)) if place in places]
+    """Returns the columns of both files, with the rows whose (epoch, step) both have, in the order of `log`."""
+    places = {place: n for n, place in enumerate(_places(extra))}
+    pairs = [(n, places[place]) for n, place in enumerate(_places(log)) if place in places]
     of_log, of_extra = np.array(pairs, np.int64).reshape(-1, 2).T
     return {name: column[of_log] for name, column in log.items()} | {name: of[of_extra] for name, of in extra.items()}
 

@@ -182,7 +182,7 @@ def found(place: str | os.PathLike[str], name: str, what: str) -> Path:
 
 def read_table(path: Path, header: bytes, columns: list[Any]) -> dict[str, npt.NDArray[Any]]:
     """Returns a file of rows as one array for each column, or for each group of columns, as `np.dtype` takes them."""
-    rows = [row.decode("ascii", errors="replace") for row in read_lines(path, header).rows]
+    rows = [row.decode("ascii", errors="replace") for row in read_lines(path, header).rows if row.strip()]
     dtype = np.dtype(columns)
     try:  # loadtxt warns about an empty table
         table = np.loadtxt(rows, dtype, delimiter=",", comments=None, ndmin=1) if rows else np.empty(0, dtype)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from mixture_torch.files.shards import SHARD_PATTERN, entries_folder, is_count, load_checked, readable
@@ -53,4 +54,11 @@ def read_snapshots(log_dir: str | os.PathLike[str]) -> list[Snapshot]:
 def _is_snapshot(value: Any) -> bool:
     if not (isinstance(value, dict) and is_count(value.get("step")) and is_count(value.get("epoch"))):
         return False
-    return all(isinstance(name, str) and isinstance(one, (int, float, Tensor)) for name, one in value.items())
+    return all(isinstance(name, str) and _is_figure(one) for name, one in value.items())
+
+
+def _is_figure(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return isinstance(value, float) or is_count(value)
+    is_plain = (value.layout, value.device.type) == (torch.strided, "cpu")
+    return is_plain and not (value.requires_grad or value.is_complex())

@@ -40,7 +40,8 @@ def watch(
         reduce: How tokens (N, T, D) and maps (N, D, H, W) become rows: the `mean` over tokens or positions, only the
             `first` one, or one row for `each`. Rows (N, D) stay as they are.
         views: 2 if rows n and n + N/2 of a batch are two views of one sample.
-        forwards: Number of forward passes that make up a batch: 2 if each view has its own.
+        forwards: Number of forward passes that make up a batch: 2 if each view has its own. If a pass may fail and
+            training goes on, call the hook's `begin` at each step, which drops the other one.
 
     Raises:
         TypeError: An argument has the wrong type. In a forward pass, with `strict`: the embeddings are not a tensor.
@@ -109,7 +110,7 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
         """The forward hook."""
-        if not module.training:
+        if not module.training or torch._C._get_tracing_state() is not None:  # a trace would record what this does
             return
         found = _made(_select, output, self._output)
         if torch.compiler.is_compiling():  # calls `update` when the code runs; for an error, it takes a text only

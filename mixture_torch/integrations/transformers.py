@@ -6,9 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mixture_torch.files.shards import save
+from mixture_torch.files.shards import load_checked, save
 from mixture_torch.integrations.callback import LayerCallback
 
 try:
@@ -47,7 +45,7 @@ class MixtureCallback(LayerCallback, TrainerCallback):
                 Path(_of_callers("resume_from_checkpoint", (str, os.PathLike)) or _checkpoint(args, state)) / self._file
             )
             if path.is_file():
-                estimator.load_state_dict(torch.load(path, map_location="cpu"))
+                estimator.load_state_dict(load_checked(path, _is_mapping, expected="the mixture of a checkpoint"))
             else:
                 warnings.warn(f"There is no `{path}`, so the mixture starts afresh.", stacklevel=2)
         self._watch(model)
@@ -87,6 +85,10 @@ class MixtureCallback(LayerCallback, TrainerCallback):
     @property
     def _file(self) -> str:
         return f"mixture_{self.name}.pt" if self.name else "mixture.pt"
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -29,7 +29,7 @@ class Change:
         last: The last step of the log.
         changed: The components whose share changed.
         before: (K,) shares of the batch in the 40 rows before the change.
-        after: The same in the first three rows of the change.
+        after: The same in the first three rows of the change; of each component that changed, of its own change.
         now: The same in the last 20 rows of the log.
         n_rows: Mean batch size before and after.
         scalars: Before, after and now, of trace_T and share_B if they changed.
@@ -63,13 +63,17 @@ class Change:
             return float(usable.mean()) if len(usable) else float("nan")
 
         begins = {one.alarm.kind: one.row for one in reversed(group) if one.alarm.kind in SCALARS}
+        after = share(later)
+        for one in reversed(group):  # a component may have changed some rows after the first
+            if (k := one.alarm.component) is not None:
+                after[k] = share(slice(one.row, one.row + SOON))[k]
         return cls(
             row=row,
             since=group[0].alarm.since,
             last=int(extra["step"][-1]),
             changed=components_of(group),
             before=share(earlier),
-            after=share(later),
+            after=after,
             now=share(latest),
             n_rows=(mean(n_rows, earlier), mean(n_rows, later)),
             scalars={
@@ -111,7 +115,7 @@ class Change:
     def _crowd(self, k: int) -> Verdict:
         title = f"At step {self.since}, most samples fell into component {k}"
         text = f"{self._shares((k,))}; {self._extent()}"
-        return self._verdict("wrong", "abrupt change", (k,), title, text, check=CHECK)
+        return self._verdict("wrong", "abrupt change", (k,), title, text, self._later((k,)), check=CHECK)
 
     def _move(self) -> Verdict:
         title = f"At step {self.since}, samples moved to other components"
@@ -121,8 +125,10 @@ class Change:
 
     def _loss(self) -> Verdict:
         lost, others = self.lost, tuple(k for k in self.changed if k not in self.lost)
-        whose, its = ("A group of samples has", "its") if len(lost) == 1 else ("Groups of samples have", "their")
-        title = f"{whose} gone: {named(lost).lower()} lost most of {its} samples at step {self.since}"
+        whose, its, when = ("A group of samples has", "its", f"at step {self.since}")
+        if len(lost) > 1:
+            whose, its, when = ("Groups of samples have", "their", f"from step {self.since} on")
+        title = f"{whose} gone: {named(lost).lower()} lost most of {its} samples {when}"
         text = [f"{self._shares(lost)}, and no other component gained as much, so these samples are missing."]
         before, after = self.n_rows
         if abs(after / before - 1) > 0.02:
@@ -141,8 +147,12 @@ class Change:
         return self._verdict("changed", kind, self.changed, title, *text, check=check)
 
     def _composition(self) -> Verdict:
-        have = "has had a different share" if len(self.changed) == 1 else "have had different shares"
-        title = f"{named(self.changed)} {have} of the batch since step {self.since}"
+        what = "a different share" if len(self.changed) == 1 else "different shares"
+        if self._is_back(self.changed):
+            title = f"{named(self.changed)} had {what} of the batch from step {self.since} on"
+        else:
+            have = "has" if len(self.changed) == 1 else "have"
+            title = f"{named(self.changed)} {have} had {what} of the batch since step {self.since}"
         text, check = (f"{self._shares(self.changed)}.", self._later(self.changed)), "Check the data from this step on."
         return self._verdict("changed", "composition", self.changed, title, *text, check=check)
 
@@ -171,7 +181,11 @@ class Change:
 
     def _later(self, components: tuple[int, ...]) -> str:
         """The shares at the end of the log: "again" if they are back."""
-        back = all(abs(self.now - self.before)[k] <= 0.5 * abs(self.after - self.before)[k] for k in components)
         shares = listed(f"{self.now[k]:.3f}" for k in components[:MOST_LISTED])
         now = f"it is {shares}" if len(components) == 1 else f"they are {shares}"
-        return f"At the end of the log, step {self.last}, {now}{' again' if back else ''}."
+        return f"At the end of the log, step {self.last}, {now}{' again' if self._is_back(components) else ''}."
+
+    def _is_back(self, components: tuple[int, ...]) -> bool:
+        """Whether shares are closer to what they were than half their change."""
+        off, most = np.abs(self.now - self.before), 0.5 * np.abs(self.after - self.before)
+        return bool((off <= most)[list(components)].all())

@@ -32,7 +32,7 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("trace_T", "Total variance, trace_T", "1 if normalised embeddings fill the sphere, 0 after a collapse."),
+    Chart("trace_T", "Total variance, trace_T", "1 if normalized embeddings fill the sphere, 0 after a collapse."),
     Chart("trace_B", "Variance between components, trace_B", "How far apart the components are."),
     Chart("share_B", "Share of variance between components, share_B", "trace_B / trace_T."),
     Chart(

@@ -91,7 +91,7 @@ def _components(run: Run) -> list[dict[str, Any]]:
     if run.extra is None:
         return []
     columns = [run.extra[name][-1].tolist() for name in ("pi", "n", "rel")]
-    alarms = {alarm.component: f"{alarm.kind}, step {alarm.step:,}" for alarm in run.alarms}
+    alarms = {alarm.component: f"{alarm.kind}, step {alarm.since:,}" for alarm in run.alarms}
     return [
         {"k": k, "pi": pi, "n": n, "rel": rel, "alarm": alarms.get(k)}
         for k, (pi, n, rel) in enumerate(zip(*columns, strict=True))

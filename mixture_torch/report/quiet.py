@@ -14,21 +14,30 @@ LACK = "A full verdict needs `mixture_extra.csv`, which the option `extra` write
 
 
 def unusable(run: Run) -> Iterator[Verdict]:
-    """Yields a verdict if no embedding was usable in at least the last two steps."""
-    step = run.log["step"]
-    first = _last_true(np.isfinite(run.log["trace_B"])) + 1  # rows without a usable embedding hold nan
+    """Yields a verdict if no embedding was usable in at least the last two steps, or in two steps before."""
+    step, known = run.log["step"], np.isfinite(run.log["trace_B"])  # rows without a usable embedding hold nan
+    first = _last_true(known) + 1
+    why = "their batches were empty, or all embeddings had NaN or infinity, or no label."
     if (n_steps := len(step) - first) >= 2:
         yield Verdict(
             level="wrong",
             kind="no rows",
             since=int(step[first]),
             title=f"Since step {step[first]}, no embedding has been usable",
-            text=f"In the last {n_steps} steps, all embeddings had NaN or infinity, or no label. Did the loss diverge?",
+            text=f"These are the last {n_steps} steps: {why} Did the loss diverge?",
+        )
+    elif len(lost := step[~known]) >= 2:
+        yield Verdict(
+            level="changed",
+            kind="no rows",
+            since=int(lost[0]),
+            title=f"In {len(lost)} of {len(step)} steps, no embedding was usable",
+            text=f"The first was step {lost[0]} and the last step {lost[-1]}: {why}",
         )
 
 
 def of_figures(run: Run) -> Verdict:
-    """Returns the verdict on a run without alarms: `fine` if it is long enough to tell, otherwise `unknown`."""
+    """Returns the verdict on a run without alarms: `fine`, or `unknown` if it is too short."""
     assert run.extra is not None
     is_finite = np.isfinite(run.extra["trace_T"] + run.extra["n"].sum(axis=1))
     known = is_finite & (run.extra["n_rows"] > run.extra["n_ignored"])  # other rows raise no alarm
@@ -43,11 +52,15 @@ def of_figures(run: Run) -> Verdict:
         f"{100 * extra['share_B'][-1]:.0f} % of it between components. The embeddings use {run.directions:.1f}{of_D} "
         f"directions. The smallest weight is {extra['pi'][-1].min():.3f}."
     ]
+    if ignored := extra["n_ignored"].sum():
+        told.append(f"Of all rows, {100 * ignored / extra['n_rows'].sum():.2g} % had NaN, infinity or no label.")
+    if moves := np.count_nonzero(extra["n_relocated"]):
+        told.append(f"In {moves} steps components moved; changes of shares are not seen until {WINDOW} steps later.")
     excesses = [e for e in (float(entry.get("excess", np.nan)) for entry in run.snapshots) if not np.isnan(e)]
     if excesses:
         told.append(f"The excess over a Gaussian is {excesses[-1]:.2f} (0 means no clusters).")
     if len(excesses) < 2:
-        told.append("Whether there are clusters is not known yet: this takes two snapshots 100 steps apart.")
+        told.append("Whether there are clusters is not known: this takes two snapshots, with `snapshot_every=100`.")
     if run.D is None:
         told.append("What part of the dimensions is in use is not known: no file says how many there are.")
     return Verdict(level="fine", kind="fine", title="Nothing is wrong", text=" ".join(told))

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from mixture_core.alarms import Alarm
-from mixture_torch.files.extra import read_extra
+from mixture_torch.files.extra import read_extra, shared
 from mixture_torch.files.log import read_log
-from mixture_torch.files.shards import load_checked
+from mixture_torch.files.shards import is_count, load_checked
 from mixture_torch.files.snapshots import LAST_FILE, Snapshot, read_snapshots
 from mixture_torch.report.replay import Past, replay
 
@@ -23,7 +23,7 @@ MOST_CONFIG = 100_000  # characters
 Columns: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class Run:
     """The contents of a run folder. If several runs wrote to it, only the last one.
 
@@ -43,15 +43,21 @@ class Run:
 
     folder: Path
     name: str
-    log: Columns = attrs.field(repr=False)
-    extra: Columns | None = attrs.field(repr=False)
-    snapshots: tuple[Snapshot, ...] = attrs.field(repr=False)
-    last: dict[str, Any] | None = attrs.field(repr=False)
-    config: str | None = attrs.field(repr=False)
+    log: Columns
+    extra: Columns | None
+    snapshots: tuple[Snapshot, ...]
+    last: dict[str, Any] | None
+    config: str | None
     missing: tuple[str, ...]
     alarms: tuple[Alarm, ...]
     ends: tuple[int | None, ...]
     D: int | None
+
+    def __repr__(self) -> str:
+        """Returns what the folder holds, in one line."""
+        step, K = self.log["step"], self.log["K"]
+        rows = f"steps {step[0]} to {step[-1]}, K={K[-1]}, D={self.D}" if len(step) else "no steps"
+        return f"Run({self.name!r}; {rows}, {len(self.alarms)} alarms, {len(self.snapshots)} snapshots)"
 
     @property
     def directions(self) -> float:
@@ -92,16 +98,17 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     log = _last_run(read_log(folder), missing)
     extra = _part(lambda: read_extra(folder), missing)
     if extra is not None:
-        extra = _rows(extra, _from(extra, log))
-        if len(log["K"]) and extra["pi"].shape[1] != log["K"][-1]:
-            missing.append(f"`mixture_extra.csv` has the columns of another K ({extra['pi'].shape[1]}).")
+        rows, K = shared(log, extra), extra["pi"].shape[1]
+        extra = {name: rows[name] for name in extra}
+        if not len(extra["step"]):
+            missing.append("`mixture_extra.csv` has no rows of this run.")
             extra = None
-        elif not len(extra["step"]):
-            missing.append("`mixture_extra.csv` has no rows.")
+        elif log["K"][-1] != K:
+            missing.append(f"`mixture_extra.csv` has the columns of another K ({K}).")
             extra = None
     snapshots = tuple(entry for entry in _part(lambda: read_snapshots(folder), missing) or () if _fits(entry, log))
     last = _part(lambda: _last(folder / LAST_FILE), missing)
-    D = next((int(entry["spectrum_T"].shape[0]) for entry in snapshots), None if last is None else last["D"])
+    D = next((int(entry["spectrum_T"].shape[0]) for entry in snapshots), None if last is None else last["D"] or None)
     log, extra, snapshots = _counted_on(log, extra, snapshots, missing)
     past: Past = []
     if extra is not None:
@@ -156,10 +163,6 @@ def _part(read: Any, missing: list[str]) -> Any:
     return value
 
 
-def _rows(columns: Columns, start: Any) -> Columns:
-    return {name: column[start:] for name, column in columns.items()}
-
-
 def _last_run(log: Columns, missing: list[str]) -> Columns:
     step, epoch, K = log["step"], log["epoch"], log["K"]
     goes_back = (epoch[1:] < epoch[:-1]) | ((epoch[1:] == epoch[:-1]) & (step[1:] <= step[:-1]))
@@ -170,15 +173,7 @@ def _last_run(log: Columns, missing: list[str]) -> Columns:
     what = f"K changes to {K[start]}" if K[start] != K[start - 1] else f"steps go back to {step[start]}"
     n_runs = len(starts) + 1
     missing.append(f"`mixture.csv` holds {n_runs} runs: {what} in row {start + 1}. Only rows from there on are shown.")
-    return _rows(log, start)
-
-
-def _from(extra: Columns, log: Columns) -> int:
-    """The row of `mixture_extra.csv` at which the last run in `mixture.csv` begins."""
-    if not len(log["step"]):
-        return len(extra["step"])
-    begin = (extra["step"] == log["step"][0]) & (extra["epoch"] == log["epoch"][0])
-    return int(np.flatnonzero(begin)[-1]) if begin.any() else 0
+    return {name: column[start:] for name, column in log.items()}
 
 
 def _last(path: Path) -> Any:
@@ -186,7 +181,7 @@ def _last(path: Path) -> Any:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("D"), int) and isinstance(value.get("K"), int)
+    return isinstance(value, dict) and is_count(value.get("D")) and is_count(value.get("K"))
 
 
 def _fits(entry: Snapshot, log: Columns) -> bool:
@@ -195,11 +190,15 @@ def _fits(entry: Snapshot, log: Columns) -> bool:
     if not (isinstance(weight, Tensor) and isinstance(spectrum_T, Tensor)) or weight.ndim != 1 or spectrum_T.ndim != 1:
         return False
     K, D = len(weight), len(spectrum_T)
+    if not D:
+        return False
     shapes = {
         "trace_Sigma": (K,), "axes": (2, D), "plane_mean": (K, 2), "plane_covariance": (K, 2, 2),
         "spectrum_B": (min(K, D),),
     }  # fmt: skip
     if any(getattr(entry.get(name), "shape", None) != shape for name, shape in shapes.items()):
+        return False
+    if any(isinstance(entry.get(name), Tensor) for name in ("effective_rank", "rankme", "excess")):
         return False
     place = (log["step"] == entry["step"]) & (log["epoch"] == entry["epoch"])
     return bool((log["K"][place] == K).any())

@@ -59,7 +59,7 @@ def levels(values: npt.NDArray[np.float64], width: int) -> list[int | None]:
     _, low, high = buckets(np.arange(len(values)), finite, width)
     least, middle, most = np.nanmin(finite), np.nanmedian(finite), np.nanmax(finite)
     furthest = np.where(high - middle > middle - low, high, low)
-    heights = 7 * (furthest - least) / (most - least) if most > least else furthest * 0 + 3
+    heights = 7 * ((furthest - least) / (most - least)) if most > least else furthest * 0 + 3
     return [None if np.isnan(height) else round(height) for height in heights.tolist()]
 
 

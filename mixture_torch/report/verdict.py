@@ -32,6 +32,10 @@ class Verdict:
     title: str
     text: str
 
+    def __str__(self) -> str:
+        """Returns the verdict in two lines, as `mixture-diagnostics report` prints it."""
+        return f"{self.level}: {self.title}\n  {self.text}"
+
 
 class Raised(NamedTuple):
     """An alarm of a run."""

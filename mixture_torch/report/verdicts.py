@@ -21,6 +21,19 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
 
     Args:
         run: From `read_run`.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mixture_torch import MixtureStats, read_run, verdicts
+        >>> folder = tempfile.mkdtemp()
+        >>> with MixtureStats(K=2, enabled=True, log_dir=folder) as estimator:
+        ...     for step in range(20):
+        ...         _ = estimator.update(torch.randn(64, 8))
+        ...         estimator.log_step(step=step, epoch=0)
+        >>> print(*verdicts(read_run(folder)))
+        unknown: The run is too short for a verdict
+          The log has figures of 20 steps, 0 to 19; a change can be detected from 46 steps on.
     """
     found = [*unusable(run), *_of_alarms(run)]
     found.sort(key=lambda verdict: (verdict.level != "wrong", verdict.since))

@@ -153,7 +153,8 @@ def together() -> Iterator[None]:
 def text_of(error: object) -> str:
     """Returns an error's message in one printable line, or the name of its class if it has no readable message."""
     try:
-        return "".join(char if char.isprintable() else "?" for char in " ".join(str(error).split()))
+        text = "".join(char if char.isprintable() else "?" for char in " ".join(str(error).split()))
+        return text or type(error).__name__
     except Exception:
         return type(error).__name__
 

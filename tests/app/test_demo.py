@@ -30,7 +30,7 @@ def test_demo_logs_every_step_and_ends_with_a_table(tmp_path: Path, capsys: pyte
     assert set(log["K"]) == {10}
     assert [tuple(entry["responsibilities"].shape) for entry in read_scores(tmp_path)] == [(256, 10)] * STEPS
     out = capsys.readouterr().out
-    words = ("pi", "tr Sigma", "digit", "purity", "normalised mutual information", "trace_B over", "participation")
+    words = ("pi", "tr Sigma", "digit", "purity", "normalized mutual information", "trace_B over", "participation")
     assert not [word for word in words if word not in out]
 
 

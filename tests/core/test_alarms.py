@@ -107,9 +107,9 @@ def test_idle_and_unknown_rows_are_passed_over() -> None:
 
 LEVELS = [
     ("collapse", None, {"trace_T": 0.03, "trace_B": 1 / 60}),
-    ("dimensional collapse", None, {"participation_ratio": 1.1, "opnorm_B": 0.2}),
+    ("dimensional collapse", None, {"participation_ratio": 0.7, "opnorm_B": 0.2}),
     ("dead component", 2, {"pi": (0.333, 0.333, 0.001, 0.333)}),
-    ("point component", 2, {"rel": (0.5, 0.5, 0.05, 0.5)}),
+    ("point component", 2, {"rel": (0.5, 0.5, 0.03, 0.5)}),
 ]
 
 
@@ -124,6 +124,23 @@ def test_level_is_reported_when_it_has_lasted_and_again_if_it_came_back(
     assert found == [(kind, component, 99, 80), (kind, component, 169, 150)]
 
 
+@pytest.mark.parametrize("figures", [LEVELS[1][2], LEVELS[3][2]])
+def test_directions_and_points_are_judged_only_at_norm_1(figures: dict[str, Any]) -> None:
+    assert len(raised(change(rows(100), range(50, 100), **figures))) == 1
+    wide = [row._replace(trace_T=50 * row.trace_T, trace_B=50 * row.trace_B) for row in rows(100)]
+    wide = [row._replace(opnorm_B=0.5 * row.trace_B) for row in wide]
+    assert raised(change(wide, range(50, 100), **{k: v for k, v in figures.items() if k != "opnorm_B"})) == []
+
+
+def test_few_rows_that_are_missing_raise_no_alarm() -> None:
+    def lost(n: float) -> list[tuple[str, int | None, int, int]]:
+        run = [row._replace(n=(n, 30.0, 30.0, 40.0 - n)) for row in rows(60)]
+        return raised(change(run, range(50, 60), n=(0.0, 30.0, 30.0, 40.0)))
+
+    assert lost(5.0) == []
+    assert [each[:2] for each in lost(7.0)] == [("composition", 0)]
+
+
 def test_lack_of_structure_is_reported_at_the_second_excess_that_shows_it() -> None:
     run = [row._replace(participation_ratio=6.0) for row in rows(100)]
     for step, excess in ((9, 0.02), (19, 0.3), (29, 0.02), (39, 0.02), (49, 0.02)):
@@ -134,9 +151,9 @@ def test_lack_of_structure_is_reported_at_the_second_excess_that_shows_it() -> N
 @pytest.mark.parametrize(
     ("kind", "figures", "unknown"),
     [
-        ("dimensional collapse", {"participation_ratio": 1.1, "opnorm_B": 0.2}, {"participation_ratio": NAN}),
-        ("point component", {"rel": (0.5, 0.5, 0.05, 0.5)}, {"rel": (NAN,) * K}),
-        ("point component", {"rel": (0.5, 0.5, 0.05, 0.5)}, {"rel": (0.5, 0.5, 0.05, NAN)}),
+        ("dimensional collapse", {"participation_ratio": 0.7, "opnorm_B": 0.2}, {"participation_ratio": NAN}),
+        ("point component", {"rel": (0.5, 0.5, 0.03, 0.5)}, {"rel": (NAN,) * K}),
+        ("point component", {"rel": (0.5, 0.5, 0.03, 0.5)}, {"rel": (0.5, 0.5, 0.03, NAN)}),
     ],
 )
 def test_level_stays_as_it_is_while_its_figures_are_unknown(
@@ -196,7 +213,7 @@ def test_alarm_is_one_line() -> None:
 
 
 def test_state_can_be_observed_again() -> None:
-    run = change(rows(80), range(50, 80), n=GONE, rel=(0.5, 0.5, 0.05, 0.5))
+    run = change(rows(80), range(50, 80), n=GONE, rel=(0.5, 0.5, 0.03, 0.5))
     old, _ = follow(run[:51])
     first, second = follow(run[51:], old), follow(run[51:], old)
     assert first[1] == second[1] != []

@@ -249,6 +249,14 @@ def test_copies_of_a_watched_layer_are_not_watched() -> None:
     assert not seen.stats
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_watched_layer_can_be_traced() -> None:
+    layer, seen = nn.Linear(4, 4), estimator()
+    watch(layer, seen)
+    traced = torch.jit.trace(layer, rows())
+    assert torch.equal(traced(rows()), layer(rows()))
+
+
 def test_disabled_estimators_add_no_hook() -> None:
     layer = nn.Identity()
     watch(layer, MixtureStats(K=2, enabled=False))

@@ -80,6 +80,13 @@ def test_a_checkpoint_without_a_mixture_is_said(tmp_path: Path) -> None:
     assert len(read_log(tmp_path)["step"]) == STEPS * EPOCHS - 3
 
 
+def test_a_damaged_mixture_is_one_line(tmp_path: Path) -> None:
+    train(tmp_path, mixture(tmp_path), save_strategy="steps", save_steps=3)
+    (tmp_path / "checkpoint-3" / "mixture.pt").write_bytes(b"else")
+    with pytest.raises(ValueError, match=r"checkpoint-3/mixture.pt` is not the mixture of a checkpoint"):
+        train(tmp_path, mixture(tmp_path), resume=tmp_path / "checkpoint-3")
+
+
 def test_reporters_get_the_scalars_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))

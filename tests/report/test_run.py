@@ -1,6 +1,7 @@
 """`read_run` takes every folder: whole, torn, foreign, of several runs, with hostile text."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,3 +123,49 @@ def test_snapshot_of_other_shapes_is_left_out(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.snapshots == ()
     assert np.isfinite(run.log["trace_B"]).all()
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        {"effective_rank": torch.ones(2)},
+        {"excess": torch.ones(2)},
+        {"excess": 10**400},
+        {"weight": torch.ones(3, requires_grad=True)},
+        {"plane_mean": torch.ones(3, 2).to_sparse()},
+        {"axes": torch.ones(2, 0), "spectrum_T": torch.ones(0), "spectrum_B": torch.ones(0)},
+    ],
+)
+def test_snapshot_without_usable_figures_is_left_out(tmp_path: Path, figure: dict[str, Any]) -> None:
+    train(tmp_path, range(3))
+    path = tmp_path / "mixture_snapshots" / "step_000002.pt"
+    torch.save(torch.load(path) | figure, path)
+    assert read_run(tmp_path).snapshots == ()
+
+
+def test_rows_of_another_run_are_left_out(tmp_path: Path) -> None:
+    columns = healthy(60)
+    write(tmp_path, columns | {"step": 1000 + columns["step"]})
+    write(tmp_path, columns, extra=False)
+    run = read_run(tmp_path)
+    assert run.extra is None
+    assert "`mixture_extra.csv` has no rows of this run." in run.missing
+
+
+def test_empty_part_has_no_other_K(tmp_path: Path) -> None:
+    write(tmp_path, healthy(3))
+    (tmp_path / "mixture_extra.csv").write_bytes(b"")
+    assert "another K" not in " ".join(read_run(tmp_path).missing)
+
+
+def test_damaged_counts_raise_no_alarm(tmp_path: Path) -> None:
+    columns = healthy(60)
+    columns["n"][50, 0] = -1.0
+    columns["n_rows"][51] = -5
+    assert read_run(write(tmp_path, columns)).alarms == ()
+
+
+def test_state_before_the_first_update_has_no_width(tmp_path: Path) -> None:
+    write(tmp_path, healthy(30))
+    torch.save(MixtureStats(K=6, enabled=True).state_dict(), tmp_path / "mixture_last.pt")
+    assert read_run(tmp_path).D is None

@@ -38,6 +38,7 @@ def test_spike_is_seen_in_a_line_of_any_length() -> None:
     values[77_777] = 9.0
     assert terminal.levels(values, 10) == [0, 0, 0, 0, 0, 0, 0, 7, 0, 0]
     assert terminal.levels(np.array([np.nan, 1.0]), 5) == [None, 3]
+    assert terminal.levels(np.array([0.0, 1e308]), 5) == [0, 7]
 
 
 def test_watch_prints_once_if_nobody_watches(tmp_path: Path) -> None:
