@@ -12,9 +12,9 @@ import attrs
 BASELINE, GAP = 40, 4  # a row is compared with the 40 rows before a gap of 4 rows
 WINDOW = BASELINE + GAP
 # In standard deviations. Successive changes of scalars over two rows share a row, so chance brings two more easily.
-CHANGE, CHANGE_OF_SCALARS = 3.5, 4.0
+CHANGE, CHANGE_OF_SCALARS = 3.5, 5.0
 SCALARS = ("trace_T", "share_B")
-LEAST_CHANGES = (0.01, 0.03)  # of the logarithms of these over two rows; smaller ones have not changed
+LEAST_CHANGES = (0.001, 0.01)  # of the logarithms of these over two rows; smaller ones have not changed
 LEAST_ROWS = 6  # of a component in a batch; with fewer, two batches in succession without any are no surprise
 CHANGES = ("composition", *SCALARS)  # kinds of alarms
 UNIT = 2.0**-19  # compared figures are whole multiples of it, so running sums are exact and depend on the window alone

@@ -180,7 +180,7 @@ def test_small_jump_of_a_variance_does_not_matter(tmp_path: Path) -> None:
     columns = healthy()
     for name, level in (("trace_T", 0.9), ("share_B", 0.4)):
         columns[name] = level * (1 + 1e-4 * np.random.default_rng(0).normal(size=200))
-    columns["share_B"][SINCE:] *= 1.01
+    columns["share_B"][SINCE:] *= 1.005
     columns["trace_B"] = columns["trace_T"] * columns["share_B"]
     (verdict,) = found(tmp_path / "small", columns)
     assert (verdict.level, verdict.text[:32]) == ("fine", "No alarm in 200 steps, 0 to 199.")
