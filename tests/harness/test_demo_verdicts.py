@@ -31,7 +31,7 @@ class Right(NamedTuple):
 # from the learning rate: what is right is that something changed then.
 RIGHT = {
     "no-negatives": Right({"wrong"}, {"collapse"}, 40),
-    "temperature": Right({"wrong"}, {"dimensional collapse"}, 40),
+    "temperature": Right({"wrong"}, {"dimensional collapse"}, 80),
     "watermark": Right({"wrong"}, {"no structure"}, 110),
     "no-augmentation": Right({"wrong"}, {"no structure"}, 110),
     "class-gone": Right({"wrong"}, {"group gone"}, 3),
