@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import bench_growth, bench_memory, bench_step, bench_syncs, bench_training, pages
 from benchmarks.cases import Settings
+from benchmarks.failures import bench as failures
 
 THEMES = {
     "step": bench_step,
@@ -18,6 +19,7 @@ THEMES = {
     "syncs": bench_syncs,
     "training": bench_training,
 }
+FAILURES = "failures"  # takes more than an hour, and has a page of its own
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -37,24 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The estimator computes in full float32; a product in TF32 would be an unfair yardstick.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     titles = [module.TITLE for module in THEMES.values()]
-    for device in _devices(options.device):
+    command = " ".join(["python -m benchmarks", *_without_out(words)])
+    if FAILURES in options.themes:
+        options.themes.remove(FAILURES)
+        print(failures.save(options.out, options.runs, quick=options.quick, command=command) + "\n", flush=True)
+    for device in _devices(options.device) if options.themes else ():
         settings = Settings(device, options.quick, options.training_seconds)
         print(f"# {pages.device_name(device)}\n", flush=True)
         for theme in options.themes:
             module = THEMES[theme]
             tables = module.tables(settings)
-            command = " ".join(["python -m benchmarks", *_without_out(words)])
             text = pages.save_theme(options.out, device, module.TITLE, tables, order=titles, command=command)
             print(text + "\n", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, parents=[_out()])
-    parser.add_argument("--themes", nargs="+", choices=THEMES, default=list(THEMES), help="default: all")
+    parser.add_argument(
+        "--themes", nargs="+", choices=[*THEMES, FAILURES], default=list(THEMES), help="default: all but failures"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, and CUDA if present")
     parser.add_argument("--quick", action="store_true", help="a short trial at small sizes")
     parser.add_argument(
         "--training-seconds", type=float, default=30.0, help="per configuration of the training theme; default: 30"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the runs of the failures theme; those that are there are not made again"
     )
     return parser
 

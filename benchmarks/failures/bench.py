@@ -1,0 +1,38 @@
+"""The theme `failures`: makes the runs, scores them, and writes the page."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import pages
+from benchmarks.failures import page, runs, score
+
+TITLE = "Which failures are seen, by whom, and how soon"
+SLUG = "failures"
+RUNS = Path(__file__).parent / "runs"  # git ignores it
+
+
+def save(out: Path, folder: Path | None, *, quick: bool, command: str) -> str:
+    """Makes the runs that are missing, writes the page and its figures, and returns its text.
+
+    Args:
+        out: Folder of the page.
+        folder: Of the runs. If None, beside this file, or with `quick` beside the page.
+        quick: Whether to make only a few runs, to see that everything works.
+        command: What the page is made with.
+    """
+    folder = folder or (out / "runs" if quick else RUNS)
+    todo, begin = runs.tasks(quick=quick), time.monotonic()
+    for line in runs.make(todo, folder):
+        print(f"{time.monotonic() - begin:6.0f} s: {line}", flush=True)
+    scored, thresholds = score.score(runs.read(todo, folder))
+    made = f"Made by `{command}` with {pages.environment(torch.device('cpu'))}."
+    tables = page.tables(scored, thresholds)
+    text = "\n\n".join([f"# {TITLE}", made, *(table.markdown(SLUG) for table in tables)])
+    out.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        for name, png in table.figures.items():
+            (out / f"{SLUG}-{name}.png").write_bytes(png)
+    (out / f"{SLUG}.md").write_text(text + "\n", encoding="utf-8")
+    return text

@@ -1,0 +1,186 @@
+"""The page of the benchmark: tables and pictures of what is seen, by whom, and how soon."""
+
+import io
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.failures import analysis, score
+from benchmarks.failures.kinds import KINDS
+from benchmarks.failures.runs import HEALTHY
+from benchmarks.failures.score import OTHERS, OURS, PRODUCT, Scored, of, places, share
+from benchmarks.pages import Table
+
+DETECTORS = (PRODUCT, *OURS, *OTHERS)
+
+
+def tables(scored: Sequence[Scored], thresholds: dict[str, float]) -> list[Table]:
+    """Returns all tables of the page."""
+    tested = [one for one in scored if not one.record.is_calibration]
+    return [
+        healthy(tested),
+        found(tested),
+        delays(tested),
+        gone(tested),
+        from_start(tested, [one for one in scored if one.record.is_calibration]),
+        said(tested),
+        analysis.which(tested),
+        analysis.correlation(tested),
+        limits(thresholds),
+    ]
+
+
+def healthy(tested: Sequence[Scored]) -> Table:
+    """Returns the table of false alarms."""
+    rows = []
+    for name, runs in [*places(of(tested, HEALTHY)), ("all", of(tested, HEALTHY))]:
+        kinds = Counter(kind for one in runs for kind in {alarm.kind for alarm in one.record.run.alarms})
+        told = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none"
+        n_alarm, n_not_fine = sum(one.sees(PRODUCT) for one in runs), sum(not one.is_fine for one in runs)
+        n_wrong = sum(one.verdicts[0].level == "wrong" for one in runs)
+        rows.append((name, str(len(runs)), str(n_alarm), str(n_not_fine), str(n_wrong), told))
+    header = ("runs of", "runs", "with an alarm", "verdict not `fine`", "verdict `wrong`", "runs by kind of alarm")
+    return Table(title="Healthy runs, at the default thresholds", header=header, rows=tuple(rows))
+
+
+def found(tested: Sequence[Scored]) -> Table:
+    """Returns the table, and the picture, of the share of runs that each detector sees."""
+    late = [name for name, kind in KINDS.items() if not kind.from_start and of(tested, name)]
+    rows, shares = [], []
+    for name in [HEALTHY, *late]:
+        runs = of(tested, name)
+        line = [sum(one.sees(detector) for one in runs) / len(runs) for detector in DETECTORS]
+        shares.append(line)
+        rows.append((name, str(len(runs)), *(f"{100 * value:.0f}" for value in line)))
+    return Table(
+        title="Seen within 60 steps of the onset, % of the runs",
+        header=("change", "runs", *DETECTORS),
+        rows=tuple(rows),
+        remarks=(
+            "Columns from `trace_B` on: one figure alone, with a threshold that "
+            f"{100 * score.FALSE_ALARMS:.0f} % of the calibration runs exceed. Of healthy runs all steps count. The "
+            "95 % interval of a share of 40 runs is at most 30 points wide.",
+        ),
+        figures={"found": heatmap([HEALTHY, *late], DETECTORS, np.array(shares) * 100, "% of the runs")},
+    )
+
+
+def delays(tested: Sequence[Scored]) -> Table:
+    """Returns the table of median delays, of runs that a detector sees."""
+    rows = []
+    for name, kind in KINDS.items():
+        runs = of(tested, name)
+        if kind.from_start or not runs:
+            continue
+        cells = []
+        for detector in DETECTORS:
+            known = [one.first[detector] for one in runs if one.sees(detector)]
+            cells.append(f"{statistics.median(known):.0f}" if 2 * len(known) >= len(runs) else "-")
+        rows.append((name, *cells))
+    remark = "Steps from the onset to the first alarm, the median of the runs that are seen; - if fewer than half are."
+    title = "Delay, steps"
+    return Table(title=title, header=("change", *DETECTORS), rows=tuple(rows), remarks=(remark,))
+
+
+def gone(tested: Sequence[Scored]) -> Table:
+    """Returns the table of classes that are gone."""
+    rows = []
+    for kind in ("one class gone", "three classes gone"):
+        for name, runs in [*places(of(tested, kind)), ("all", of(tested, kind))]:
+            any_named = share(one.named > 0 for one in runs)
+            is_told = share(any(verdict.kind == "group gone" for verdict in one.verdicts) for one in runs)
+            part = sum(one.named for one in runs) / sum(len(set(one.record.holders)) for one in runs)
+            rows.append((kind, name, str(len(runs)), any_named, f"{100 * part:.0f}", is_told))
+    header = ("change", "runs of", "runs", "named, % of runs", "components named, %", "verdict `group gone`, % of runs")
+    remark = (
+        f"Named: an alarm within {score.SOON} steps names a component that held most samples of a class that is gone, "
+        "in the 10 steps before. In brackets: 95 % intervals."
+    )
+    return Table(title="Classes that are gone", header=header, rows=tuple(rows), remarks=(remark,))
+
+
+def from_start(tested: Sequence[Scored], calibration: Sequence[Scored]) -> Table:
+    """Returns the table of faults that are there from the first step."""
+    rows = []
+    for name, kind in KINDS.items():
+        if not kind.from_start:
+            continue
+        runs = of(tested, name)
+        not_fine = share(not one.is_fine for one in runs)
+        cells = [share_short(outside(one, calibration, figure) for one in runs) for figure in (*OURS, *OTHERS)]
+        rows.append((name, str(len(runs)), not_fine, *cells))
+    runs = of(tested, HEALTHY)
+    cells = [share_short(outside(one, calibration, figure) for one in runs) for figure in (*OURS, *OTHERS)]
+    rows.insert(0, (HEALTHY, str(len(runs)), share(not one.is_fine for one in runs), *cells))
+    remark = (
+        "Single figures: the share of runs whose mean over steps 80 to 99 lies outside the range of the calibration "
+        "runs of the same method and samples, widened by half of it on both sides. Verdict: not `fine`, although it "
+        "knows no other run."
+    )
+    header = ("fault", "runs", "verdict, % of runs", *OURS, *OTHERS)
+    return Table(title="Wrong from the start, % of the runs", header=header, rows=tuple(rows), remarks=(remark,))
+
+
+def share_short(some: Iterable[bool]) -> str:
+    """Returns a share in per cent."""
+    return f"{100 * statistics.fmean(some):.0f}"
+
+
+def outside(one: Scored, calibration: Sequence[Scored], figure: str) -> bool:
+    """Whether a figure lies outside the widened range of the calibration runs of the same method and samples."""
+    mine, steps = one.record.setting, slice(80, 100)
+    mates = [
+        c for c in calibration if (c.record.setting.method, c.record.setting.samples) == (mine.method, mine.samples)
+    ]
+    values = [float(np.nanmean(mate.series[figure][steps])) for mate in mates]
+    low, high = min(values), max(values)
+    value, margin = float(np.nanmean(one.series[figure][steps])), 0.5 * (high - low)
+    return not low - margin <= value <= high + margin
+
+
+def said(tested: Sequence[Scored]) -> Table:
+    """Returns the table of the first verdict on each kind of run."""
+    rows = []
+    for name in [HEALTHY, *KINDS]:
+        runs = of(tested, name)
+        if not runs:
+            continue
+        kinds = Counter(one.verdicts[0].kind for one in runs).most_common()
+        is_fault = "" if name == HEALTHY else "yes" if KINDS[name].is_fault else "no"
+        what = "nothing changes" if name == HEALTHY else KINDS[name].what
+        rows.append((name, what, is_fault, str(len(runs)), ", ".join(f"{kind} {n}" for kind, n in kinds)))
+    header = ("change", "what", "fault", "runs", "first verdict of the report, in runs")
+    return Table(title="What the report says", header=header, rows=tuple(rows))
+
+
+def limits(thresholds: dict[str, float]) -> Table:
+    """Returns the thresholds."""
+    rows = [(name, f"{value:.1f}", "calibration runs of this benchmark") for name, value in thresholds.items()]
+    header = ("single figure", "standard deviations", "from")
+    return Table(title="Thresholds of single figures", header=header, rows=tuple(rows))
+
+
+def heatmap(rows: Sequence[str], columns: Sequence[str], values: "np.ndarray", unit: str) -> bytes:
+    """Returns a picture of a table of numbers between 0 and 100."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.55 * len(columns) + 2.6, 0.34 * len(rows) + 1.7), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.axvline(len(OURS) + 0.5, color="white", linewidth=4)
+    axes.axvline(0.5, color="white", linewidth=4)
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            axes.text(
+                j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black"
+            )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title(unit, loc="left", fontsize=9)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,182 @@
+"""The runs of the benchmark: which there are, making those that are missing, and reading them."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.failures import methods
+from benchmarks.failures.kinds import KINDS
+from benchmarks.failures.training import Setting, Training
+from mixture_torch.files.disk import write_atomically
+from mixture_torch.report.run import Run, read_run
+
+HEALTHY = "healthy"
+SEEDS, CALIBRATION_SEEDS = tuple(range(5)), (100, 101, 102)
+
+
+@attrs.frozen
+class Lengths:
+    """How many steps runs have."""
+
+    healthy: int = 220
+    onset: tuple[int, int] = (90, 120)  # a later fault begins at a random one of these steps
+    after: int = 60  # steps after the onset
+    from_start: int = 160  # of a run that is wrong from the start
+
+
+LENGTHS = {"digits": Lengths(), "fashion": Lengths(), "sentences": Lengths(120, (60, 80), 40, 100)}
+# The encoder of sentences is slow, so it goes through fewer faults.
+OF_SENTENCES = (
+    "no negatives", "temperature", "no augmentation", "learning rate", "one class gone", "three classes gone",
+    "drifting classes", "unshuffled", "stronger augmentation",
+)  # fmt: skip
+DONE = "run.json"  # written last
+
+
+@attrs.frozen
+class Task:
+    """Runs that share their steps until the onset.
+
+    Attributes:
+        setting: What is trained on what.
+        seed: Of the runs.
+        kinds: Names in `KINDS`, or `HEALTHY`.
+    """
+
+    setting: Setting
+    seed: int
+    kinds: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Record:
+    """A run that was made.
+
+    Attributes:
+        setting: What was trained on what.
+        seed: Of the run.
+        kind: A name in `KINDS`, or `HEALTHY`.
+        onset: First step of the change; 0 if it was there from the start, and the last step + 1 of a healthy run.
+        holders: The component that held most samples of each class that is gone.
+        run: Its folder, as the product reads it.
+        others: Figures that others watch, by name, (T,) each.
+        probes: `step` and the accuracies of the probes, by name, (P,) each.
+    """
+
+    setting: Setting
+    seed: int
+    kind: str
+    onset: int
+    holders: tuple[int, ...]
+    run: Run
+    others: dict[str, npt.NDArray[np.float64]]
+    probes: dict[str, npt.NDArray[np.float64]]
+
+    @property
+    def is_calibration(self) -> bool:
+        """Whether thresholds may be taken from it."""
+        return self.seed in CALIBRATION_SEEDS
+
+
+def tasks(*, quick: bool) -> list[Task]:
+    """Returns all tasks, those of calibration first. In tested runs, encoders take turns with the seeds."""
+    places = [(method, images, methods.ENCODERS) for method in methods.NAMES for images in ("digits", "fashion")]
+    calibration, tested = [], []
+    for method, samples, encoders in [*places, ("SimCLR", "sentences", ("transformer",))][: 1 if quick else None]:
+        all_kinds = OF_SENTENCES if samples == "sentences" else KINDS
+        kinds = (HEALTHY, *(name for name in all_kinds if method in KINDS[name].methods))
+        for encoder in encoders:
+            calibration += [Task(Setting(method, encoder, samples), seed, (HEALTHY,)) for seed in CALIBRATION_SEEDS]
+        for seed in SEEDS[: 2 if quick else None]:
+            tested.append(Task(Setting(method, encoders[seed % len(encoders)], samples), seed, kinds))
+    return calibration + sorted(tested, key=lambda task: task.seed)  # a part of the runs is one of every setting
+
+
+def make(todo: Sequence[Task], folder: Path) -> Iterator[str]:
+    """Makes the runs that are missing, two at a time, and yields a line for each task.
+
+    Args:
+        todo: The tasks.
+        folder: Of all runs.
+    """
+    missing = [task for task in todo if any(not _done(task, kind, folder) for kind in task.kinds)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        futures = [pool.submit(_make, task, folder) for task in missing]
+        for number, (task, future) in enumerate(zip(missing, futures, strict=True), 1):
+            future.result()
+            yield f"{number} of {len(missing)}: {task.setting}, seed {task.seed}"
+
+
+def read(todo: Sequence[Task], folder: Path) -> list[Record]:
+    """Returns the runs of all tasks."""
+    return [_read(task, kind, folder) for task in todo for kind in task.kinds]
+
+
+def _folder(task: Task, kind: str, folder: Path) -> Path:
+    return folder / str(task.setting) / str(task.seed) / kind.replace(" ", "-")
+
+
+def _done(task: Task, kind: str, folder: Path) -> bool:
+    return (_folder(task, kind, folder) / DONE).exists()
+
+
+def _make(task: Task, folder: Path) -> None:
+    torch.set_num_threads(1)
+    lengths = LENGTHS[task.setting.samples]
+    onset = int(np.random.default_rng(task.seed).integers(*lengths.onset))
+    begun = _new(task, folder, "begun")
+    begun.run(onset)
+    begun.estimator.close()
+    state = begun.state_dict()
+    for kind in task.kinds:
+        if _done(task, kind, folder):
+            continue
+        is_late = kind == HEALTHY or not KINDS[kind].from_start
+        run = _new(task, folder, kind, copied="begun" if is_late else None)
+        if is_late:
+            run.load_state_dict(state)
+        if kind != HEALTHY:
+            KINDS[kind].begin(run)
+        holders = run.holders() if run.gone else []
+        end = lengths.healthy if kind == HEALTHY else onset + lengths.after if is_late else lengths.from_start
+        run.run(end)
+        run.estimator.close()
+        figures = {name: [row[name] for row in run.figures] for name in run.figures[0]}
+        probes = {name: [row[name] for row in run.probes] for name in run.probes[0]}
+        begin = end if kind == HEALTHY else onset if is_late else 0
+        content = {"onset": begin, "holders": holders, "others": figures, "probes": probes}
+        write_atomically(_folder(task, kind, folder) / DONE, json.dumps(content).encode())
+    shutil.rmtree(_folder(task, "begun", folder))
+
+
+def _new(task: Task, folder: Path, kind: str, *, copied: str | None = None) -> Training:
+    """A run in a new folder, or in a copy of another's."""
+    own = _folder(task, kind, folder)
+    shutil.rmtree(own, ignore_errors=True)  # what an interrupted run left
+    if copied is not None:
+        shutil.copytree(_folder(task, copied, folder), own)
+    return Training(task.setting, task.seed, own)
+
+
+def _read(task: Task, kind: str, folder: Path) -> Record:
+    own = _folder(task, kind, folder)
+    content: dict[str, Any] = json.loads((own / DONE).read_bytes())
+    return Record(
+        setting=task.setting,
+        seed=task.seed,
+        kind=kind,
+        onset=content["onset"],
+        holders=tuple(content["holders"]),
+        run=read_run(own),
+        others={name: np.array(values) for name, values in content["others"].items()},
+        probes={name: np.array(values) for name, values in content["probes"].items()},
+    )
