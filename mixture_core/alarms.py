@@ -198,12 +198,12 @@ def _off(state: AlarmState, row: Row, n_rows: int, settled: int) -> dict[int, fl
         bound = BASELINE * CHANGE * least
         away = [BASELINE * value - total for value, total in zip(row[:K], state.sums[:K], strict=True)]
         suspects += [(i, CHANGE, least) for i, distance in enumerate(away) if not -bound < distance < bound]
-    few = BASELINE * 2 * math.sqrt(LEAST_ROWS) * least
+    few = BASELINE * 2 * math.sqrt(LEAST_ROWS) * least  # sqrt(n / N) is 2 sqrt(n) of its standard deviations
     off: dict[int, float] = {}
-    for i, limit, least in suspects:
+    for i, limit, floor in suspects:
         total = state.sums[i]
         variance = (BASELINE * state.squares[i] - total * total) / (BASELINE * (BASELINE - 1))
-        deviation = (row[i] - total / BASELINE) / math.sqrt(max(variance, least * least))
+        deviation = (row[i] - total / BASELINE) / math.sqrt(max(variance, floor * floor))
         if deviation > limit or (deviation < -limit and (i >= K or total >= few)):
             off[i] = deviation
     return off
