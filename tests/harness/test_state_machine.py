@@ -1,6 +1,7 @@
 """Whatever is done to an estimator in whatever order, its files are what a simple model says."""
 
 import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -136,6 +137,8 @@ class Training(RuleBasedStateMachine):
         """A process ends and another one begins, with a checkpoint or without."""
         self.close()
         self._begin(seed)  # what the disk has not taken is lost with the process, which says so
+        if self._kept:
+            gc.collect()  # or the estimator would write it when it is collected, after the disk has recovered
         self._kept = []
         if resumes:
             self.load(data)
