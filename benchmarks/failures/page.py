@@ -104,16 +104,10 @@ def gone(tested: Sequence[Scored]) -> Table:
 def from_start(tested: Sequence[Scored], calibration: Sequence[Scored]) -> Table:
     """Returns the table of faults that are there from the first step."""
     rows = []
-    for name, kind in KINDS.items():
-        if not kind.from_start:
-            continue
+    for name in [HEALTHY, *(name for name, kind in KINDS.items() if kind.from_start)]:
         runs = of(tested, name)
-        not_fine = share(not one.is_fine for one in runs)
         cells = [share_short(outside(one, calibration, figure) for one in runs) for figure in (*OURS, *OTHERS)]
-        rows.append((name, str(len(runs)), not_fine, *cells))
-    runs = of(tested, HEALTHY)
-    cells = [share_short(outside(one, calibration, figure) for one in runs) for figure in (*OURS, *OTHERS)]
-    rows.insert(0, (HEALTHY, str(len(runs)), share(not one.is_fine for one in runs), *cells))
+        rows.append((name, str(len(runs)), share(not one.is_fine for one in runs), *cells))
     remark = (
         "Single figures: the share of runs whose mean over steps 80 to 99 lies outside the range of the calibration "
         "runs of the same method and samples, widened by half of it on both sides. Verdict: not `fine`, although it "

@@ -24,12 +24,6 @@ def mixture(folder: Path | None = None, **options: Any) -> MixtureCallback:
     return MixtureCallback("net.projector", log_dir=folder, **(OPTIONS | options))
 
 
-@pytest.fixture(scope="module")
-def plain_log(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    plain(folder := tmp_path_factory.mktemp("plain"))
-    return log(folder)
-
-
 def test_lightning_writes_the_log_of_a_plain_loop(plain_log: bytes, tmp_path: Path) -> None:
     fit(tmp_path, mixture(tmp_path))
     assert log(tmp_path) == plain_log
