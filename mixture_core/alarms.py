@@ -23,8 +23,7 @@ LASTING_EXCESS = 2  # the same for the excess, in rows that have it: it is not c
 COLLAPSED = 0.05  # trace_T; rows of norm 1 that fill the sphere have 1
 NORM_1 = 1.01  # trace_T of rows of norm 1 is at most 1; with room for rounding
 FLAT, ONE_WAY = 0.09, 0.25  # participation_ratio / D, and opnorm_B / trace_B, at dimensional collapse
-SHAPELESS, ROUND = 0.06, 0.5  # excess, and participation_ratio / D, of embeddings without clusters
-POINT = 0.08  # rel of a component relative to the median
+SHAPELESS, ROUND = 0.035, 0.5  # excess, and participation_ratio / D, of embeddings without clusters
 DEAD = 0.01  # pi times K
 SEEDING_ROWS = 4  # per component, until which components mean nothing yet
 
@@ -44,7 +43,6 @@ class Reading(NamedTuple):
     participation_ratio: float
     pi: tuple[float, ...]  # (K,)
     n: tuple[float, ...]  # (K,) rows of the batch
-    rel: tuple[float, ...]  # (K,) tr Sigma_k / tr T
     excess: float = math.nan  # of a snapshot; see `mixture_core.null`
 
 
@@ -55,7 +53,7 @@ class Alarm:
     Attributes:
         kind: A change: `composition` (of a component's share of the batch), `trace_T` or `share_B`. Or a level:
             `collapse` (little variance), `dimensional collapse` (few directions), `no structure` (no more than a
-            Gaussian has), `point component` (little variance of its own) or `dead component` (little weight).
+            Gaussian has) or `dead component` (little weight).
         component: Its index; None if the alarm is about all embeddings.
         step: The step at which it was raised.
         since: The first step of the change or of the level.
@@ -124,22 +122,22 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
     components mean something else, and their comparison begins again. Rows without usable embeddings are skipped.
 
     A level is reported once it has lasted for 20 rows, and again if it ends and comes back. If its figures are not
-    known, the level stays as it is. Levels of components begin after 4 K embeddings. Levels assume embeddings of norm
-    1; after trace_T has exceeded 1, dimensional collapse and point components are not reported.
+    known, the level stays as it is. Dead components are looked for after 4 K embeddings. Levels assume embeddings of
+    norm 1; after trace_T has exceeded 1, dimensional collapse is not reported.
 
     Args:
         state: `AlarmState(D=...)` before the first row.
         reading: The row.
 
     Raises:
-        ValueError: `pi`, `n` and `rel` do not have one figure for each component.
+        ValueError: `pi` and `n` do not have one figure for each component.
 
     Example:
         >>> from mixture_core.alarms import AlarmState, Reading, observe
         >>> state = AlarmState(D=8)
         >>> for step in range(60):
         ...     n = (50.0 + step % 3, 50.0 - step % 3) if step < 50 else (100.0, 0.0)
-        ...     reading = Reading(step, 100, 0, 0.5, 0.4, 1.0, 4.0, (0.5, 0.5), n, (0.5, 0.5))
+        ...     reading = Reading(step, 100, 0, 0.5, 0.4, 1.0, 4.0, (0.5, 0.5), n)
         ...     state, alarms = observe(state, reading)
         ...     for alarm in alarms:
         ...         print(alarm.kind, alarm.component, alarm.since)
@@ -148,8 +146,8 @@ def observe(state: AlarmState, reading: Reading) -> tuple[AlarmState, tuple[Alar
 
     Bartlett, "The use of transformations" (1947), for the square root.
     """
-    if not (K := len(reading.pi)) == len(reading.n) == len(reading.rel) or not K:
-        raise ValueError("`pi`, `n` and `rel` of a reading must have one figure for each component.")
+    if not (K := len(reading.pi)) == len(reading.n) or not K:
+        raise ValueError("`pi` and `n` of a reading must have one figure for each component.")
     if min(reading.n_rows - 1, *reading.n) < 0 or not math.isfinite(reading.trace_T + reading.trace_B + sum(reading.n)):
         return state, ()
     trace_T = max(reading.trace_T, 1e-12)
@@ -236,25 +234,16 @@ def _levels(state: AlarmState, reading: Reading, largest: float, *, is_seeded: b
 
 def _beyond(D: float, reading: Reading, largest: float) -> Iterator[tuple[str, int | None, dict[str, float]]]:
     """Kind, component and figures of each level that is beyond its bound, or whose figures are not known."""
-    K, pi, rel, excess = len(reading.pi), reading.pi, reading.rel, reading.excess
+    pi, excess = reading.pi, reading.excess
     used = reading.participation_ratio / D
     one_way = reading.opnorm_B / reading.trace_B if reading.trace_B > 0 else 0.0
     if reading.trace_T < COLLAPSED * min(largest, 1.0):
         yield "collapse", None, {"trace_T": reading.trace_T}
-    has_norm_1 = largest <= NORM_1
-    if has_norm_1 and (math.isnan(used + one_way) or (used < FLAT and one_way > ONE_WAY)):
+    if largest <= NORM_1 and (math.isnan(used + one_way) or (used < FLAT and one_way > ONE_WAY)):
         yield "dimensional collapse", None, {"participation_ratio / D": used, "opnorm_B / trace_B": one_way}
     if math.isnan(excess + used) or (excess < SHAPELESS and used > ROUND):
         yield "no structure", None, {"excess": excess, "participation_ratio / D": used}
-    dead = [k for k, share in enumerate(pi) if share * K < DEAD] if min(pi) * K < DEAD else []
-    for k in dead:
-        yield "dead component", k, {"pi": pi[k]}
-    is_known = not math.isnan(sum(rel))
-    if not has_norm_1 or (is_known and min(rel) >= POINT * max(rel)):
-        return  # the latter is the usual case, without sorting
-    alive = [k for k in range(K) if k not in dead]
-    ordered = sorted([rel[k] for k in alive])
-    median = (ordered[(len(alive) - 1) // 2] + ordered[len(alive) // 2]) / 2 if alive and is_known else math.nan
-    for k in alive:
-        if not rel[k] >= POINT * median:
-            yield "point component", k, {"rel": rel[k], "median": median}
+    least = DEAD / len(pi)
+    for k, share in enumerate(pi) if min(pi) < least else ():
+        if share < least:
+            yield "dead component", k, {"pi": share}

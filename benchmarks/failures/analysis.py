@@ -1,7 +1,7 @@
 """Two questions to all figures together: which change is it, and do levels tell how good a run is?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import rankdata, spearmanr  # type: ignore[import-untyped]  # it has no annotations
@@ -12,11 +12,51 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.failures import score
 from benchmarks.failures.kinds import KINDS
+from benchmarks.failures.methods import EMBEDDING
 from benchmarks.failures.runs import HEALTHY
-from benchmarks.failures.score import OF_CSV, OTHERS, OURS, PRODUCT, Scored, places, share
+from benchmarks.failures.score import OF_CSV, OTHERS, OURS, PRODUCT, Scored, of, places, share
+from benchmarks.failures.training import K
 from benchmarks.pages import Table
+from mixture_core.alarms import BASELINE
 
 SEEN_AFTER = 30  # steps after the onset at which a classifier says which change it is
+
+
+def at_end(name: str) -> Callable[[Scored], float]:
+    """Returns a function that gives the mean of a figure over the last 10 steps."""
+    return lambda one: float(np.nanmean(one.series[name][-10:]))
+
+
+def relative(name: str) -> Callable[[Scored], float]:
+    """Returns a function that gives this mean over that before the onset."""
+
+    def ratio(one: Scored) -> float:
+        begin = max(one.record.onset if one.record.kind != HEALTHY else 110, 45)
+        return at_end(name)(one) / float(np.nanmean(one.series[name][begin - BASELINE : begin]))
+
+    return ratio
+
+
+def last_excess(one: Scored) -> float:
+    """Returns the last excess that is known; nan after a late fault, when there is none yet."""
+    if one.record.kind != HEALTHY and one.record.onset > 0:
+        return math.nan
+    known = [value for entry in one.record.run.snapshots if not math.isnan(value := float(entry["excess"]))]
+    return known[-1] if known else math.nan
+
+
+LEVELS: Mapping[str, Callable[[Scored], float]] = {
+    "trace_T": at_end("trace_T"),
+    "trace_T relative to before": relative("trace_T"),
+    "trace_B": at_end("trace_B"),
+    "trace_B relative to before": relative("trace_B"),
+    "share_B": at_end("share_B"),
+    "opnorm_B / trace_B": lambda one: at_end("opnorm_B")(one) / at_end("trace_B")(one),
+    "participation_ratio / D": lambda one: at_end("participation_ratio")(one) / EMBEDDING,
+    "K pi_min": lambda one: K * at_end("pi_min")(one),
+    "K pi_max": lambda one: K * at_end("pi_max")(one),
+    "excess": last_excess,
+}
 PROBES = ("linear", "kNN", "logistic")
 GROUPS = {
     "all of this project": (PRODUCT, *OURS),
@@ -71,6 +111,30 @@ def correlation(tested: Sequence[Scored]) -> Table:
         "their method and samples. Broken: runs with a fault. With so few healthy runs, .3 either way is chance."
     )
     return Table(title="Do levels tell how good a run is?", header=header, rows=tuple(rows), remarks=(remark,))
+
+
+def levels(tested: Sequence[Scored]) -> Table:
+    """Returns the table of the figures that the product logs, at the end of the runs."""
+    healthy = [(f"healthy, {name}", runs) for name, runs in places(of(tested, HEALTHY))]
+    healthy.append(("healthy, all", of(tested, HEALTHY)))
+    broken = [(name, of(tested, name)) for name in KINDS if of(tested, name)]
+    rows = [
+        (name, *(ranged([figure(one) for one in runs]) for figure in LEVELS.values()))
+        for name, runs in healthy + broken
+    ]
+    remark = (
+        "Medians over the runs, with the smallest and the largest. Means of the last 10 steps; the last excess that is "
+        "known. Relative to before: over the 40 steps before the onset; of faults from the start, over steps 5 to 45."
+    )
+    return Table(title="Levels of the figures", header=("runs", *LEVELS), rows=tuple(rows), remarks=(remark,))
+
+
+def ranged(values: Sequence[float]) -> str:
+    """Returns the median of the values that are known, and the range, such as `0.5 (0.4 to 0.7)`."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    return f"{np.median(known):.2g} ({min(known):.2g} to {max(known):.2g})"
 
 
 def is_healthy(one: Scored) -> bool:

@@ -10,6 +10,12 @@ from benchmarks.failures import page, runs, score
 
 TITLE = "Which failures are seen, by whom, and how soon"
 SLUG = "failures"
+SETTING = (
+    "{tested} tested runs of small encoders (D = 32, K = 10, `ema_decay` 0.9), and {calibration} with other seeds. The "
+    "healthy ones of these set all thresholds. A run has 100 to 220 steps; batches have 512 images or 128 sentences, "
+    "in two views. Larger models and longer runs may behave differently. All figures are of embeddings of norm 1. See "
+    "[the description](../README.md#failures) and [the changes](../failures/kinds.py)."
+)
 RUNS = Path(__file__).parent / "runs"  # git ignores it
 
 
@@ -28,8 +34,10 @@ def save(out: Path, folder: Path | None, *, quick: bool, command: str) -> str:
         print(f"{time.monotonic() - begin:6.0f} s: {line}", flush=True)
     scored, thresholds = score.score(runs.read(todo, folder))
     made = f"Made by `{command}` with {pages.environment(torch.device('cpu'))}."
+    n_calibration = sum(one.record.is_calibration for one in scored)
+    setting = SETTING.format(calibration=n_calibration, tested=len(scored) - n_calibration)
     tables = page.tables(scored, thresholds)
-    text = "\n\n".join([f"# {TITLE}", made, *(table.markdown(SLUG) for table in tables)])
+    text = "\n\n".join([f"# {TITLE}", made, setting, *(table.markdown(SLUG) for table in tables)])
     out.mkdir(parents=True, exist_ok=True)
     for table in tables:
         for name, png in table.figures.items():

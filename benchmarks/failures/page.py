@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.failures import analysis, score
+from benchmarks.failures import analysis, data, limits, score
 from benchmarks.failures.kinds import KINDS
 from benchmarks.failures.runs import HEALTHY
 from benchmarks.failures.score import OTHERS, OURS, PRODUCT, Scored, of, places, share
@@ -24,11 +24,14 @@ def tables(scored: Sequence[Scored], thresholds: dict[str, float]) -> list[Table
         found(tested),
         delays(tested),
         gone(tested),
-        from_start(tested, [one for one in scored if one.record.is_calibration]),
+        from_start(tested, [one for one in scored if score.sets_limits(one.record)]),
         said(tested),
+        analysis.levels(tested),
         analysis.which(tested),
         analysis.correlation(tested),
-        limits(thresholds),
+        limits.reached(scored),
+        limits.traded(scored),
+        thresholds_of_single(thresholds),
     ]
 
 
@@ -87,16 +90,31 @@ def delays(tested: Sequence[Scored]) -> Table:
 def gone(tested: Sequence[Scored]) -> Table:
     """Returns the table of classes that are gone."""
     rows = []
-    for kind in ("one class gone", "three classes gone"):
-        for name, runs in [*places(of(tested, kind)), ("all", of(tested, kind))]:
-            any_named = share(one.named > 0 for one in runs)
-            is_told = share(any(verdict.kind == "group gone" for verdict in one.verdicts) for one in runs)
-            part = sum(one.named for one in runs) / sum(len(set(one.record.holders)) for one in runs)
-            rows.append((kind, name, str(len(runs)), any_named, f"{100 * part:.0f}", is_told))
-    header = ("change", "runs of", "runs", "named, % of runs", "components named, %", "verdict `group gone`, % of runs")
+    one, three = "one class gone", "three classes gone"
+    for kind, which in (
+        (one, of(tested, one)),
+        (three, of(tested, three)),
+        ("both", of(tested, one) + of(tested, three)),
+    ):
+        by_samples = [(name, [run for run in which if run.record.setting.samples == name]) for name in data.NAMES]
+        groups = [*(places(which) if kind != "both" else ()), *by_samples, ("all", which)]
+        for name, runs in groups:
+            if not runs:
+                continue
+            any_named = share(bool(run.named) for run in runs)
+            is_told = share(any(verdict.kind == "group gone" for verdict in run.verdicts) for run in runs)
+            holders = [(set(run.record.holders), run.emptied, run.named) for run in runs]
+            emptied = out_of((len(named & empty), len(empty)) for _, empty, named in holders)
+            shared = out_of((len(named - empty), len(held - empty)) for held, empty, named in holders)
+            rows.append((kind, name, str(len(runs)), any_named, emptied, shared, is_told))
+    header = (
+        "change", "runs of", "runs", "named, % of runs", "emptied components named", "shared components named",
+        "verdict `group gone`, % of runs",
+    )  # fmt: skip
     remark = (
         f"Named: an alarm within {score.SOON} steps names a component that held most samples of a class that is gone, "
-        "in the 10 steps before. In brackets: 95 % intervals."
+        "in the 10 steps before. Such a component is emptied if it loses at least half of its share with the class; "
+        "otherwise it shares the class with others, or holds other classes too. In brackets: 95 % intervals."
     )
     return Table(title="Classes that are gone", header=header, rows=tuple(rows), remarks=(remark,))
 
@@ -115,6 +133,12 @@ def from_start(tested: Sequence[Scored], calibration: Sequence[Scored]) -> Table
     )
     header = ("fault", "runs", "verdict, % of runs", *OURS, *OTHERS)
     return Table(title="Wrong from the start, % of the runs", header=header, rows=tuple(rows), remarks=(remark,))
+
+
+def out_of(counts: Iterable[tuple[int, int]]) -> str:
+    """Returns sums of parts and wholes, such as `3 of 4`."""
+    parts, wholes = zip(*counts, strict=True)
+    return f"{sum(parts)} of {sum(wholes)}" if sum(wholes) else "-"
 
 
 def share_short(some: Iterable[bool]) -> str:
@@ -149,7 +173,7 @@ def said(tested: Sequence[Scored]) -> Table:
     return Table(title="What the report says", header=header, rows=tuple(rows))
 
 
-def limits(thresholds: dict[str, float]) -> Table:
+def thresholds_of_single(thresholds: dict[str, float]) -> Table:
     """Returns the thresholds."""
     rows = [(name, f"{value:.1f}", "calibration runs of this benchmark") for name, value in thresholds.items()]
     header = ("single figure", "standard deviations", "from")

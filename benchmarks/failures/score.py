@@ -14,13 +14,14 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from benchmarks.failures.runs import HEALTHY, Record
-from mixture_core.alarms import BASELINE, WINDOW
+from mixture_core.alarms import BASELINE, GAP, WINDOW
 from mixture_torch.report.verdicts import Verdict, verdicts
 
 FALSE_ALARMS = 0.05  # share of the calibration runs that a threshold lets raise one
 SOON = 5  # steps within which a class that is gone must be named
-OURS = ("trace_B", "opnorm_B", "pi_min", "pi_max", "trace_T", "share_B", "participation_ratio")
+OURS = ("trace_B", "opnorm_B", "pi_min", "pi_max", "trace_T", "share_B", "participation_ratio", "mean alignment")
 OF_CSV = OURS[:4]
+AVERAGED = {"mean alignment": "alignment"}  # its column; others watch the alignment of one batch
 OTHERS = ("loss", "RankMe", "effective rank", "LiDAR", "alpha-ReQ", "uniformity", "alignment", "std")
 PRODUCT = "alarms"
 Array = npt.NDArray[np.float64]
@@ -53,18 +54,25 @@ class Scored:
         return self.verdicts[0].level == "fine"
 
     @property
-    def named(self) -> int:
-        """How many of the components that held a class that is gone were named by an alarm within 5 steps."""
+    def named(self) -> set[int | None]:
+        """The components that held a class that is gone and were named by an alarm within 5 steps."""
         begin = self.record.onset
         soon = [alarm for alarm in self.record.run.alarms if begin <= alarm.step < begin + SOON]
-        return len({alarm.component for alarm in soon if alarm.kind == "composition"} & set(self.record.holders))
+        return {alarm.component for alarm in soon if alarm.kind == "composition"} & set(self.record.holders)
+
+    @property
+    def emptied(self) -> set[int]:
+        """The components that held a class that is gone and lost at least half of their share with it."""
+        shares, begin = shares_of(self.record), self.record.onset
+        before, after = shares[begin - WINDOW : begin - GAP].mean(axis=0), shares[begin : begin + 3].mean(axis=0)
+        return {k for k in self.record.holders if after[k] <= before[k] / 2}
 
 
 def score(records: Sequence[Record]) -> tuple[list[Scored], dict[str, float]]:
     """Returns what is seen of each run, and the thresholds of the single figures."""
     series = [figures_of(record) for record in records]
     deviations = [{name: deviation(values) for name, values in one.items()} for one in series]
-    known = [dev for record, dev in zip(records, deviations, strict=True) if record.is_calibration]
+    known = [dev for record, dev in zip(records, deviations, strict=True) if sets_limits(record)]
     thresholds = {
         name: float(np.quantile([dev[name].max(initial=0.0) for dev in known], 1 - FALSE_ALARMS))
         for name in (*OURS, *OTHERS)
@@ -84,19 +92,37 @@ def score(records: Sequence[Record]) -> tuple[list[Scored], dict[str, float]]:
 def figures_of(record: Record) -> dict[str, Array]:
     """Returns each figure at each step, (T,)."""
     columns = {**record.run.log, **(record.run.extra or {})}
-    return {**{name: columns[name] for name in OURS}, **{name: record.others[name] for name in OTHERS}}
+    ours = {name: columns[AVERAGED.get(name, name)] for name in OURS}
+    return {**ours, **{name: record.others[name] for name in OTHERS}}
 
 
-def deviation(values: Array) -> Array:
+def shares_of(record: Record) -> Array:
+    """Returns the share of the batch in each component at each step, (T, K)."""
+    assert record.run.extra is not None
+    n: Array = record.run.extra["n"].astype(float)
+    shares: Array = n / n.sum(axis=1, keepdims=True)
+    return shares
+
+
+def sets_limits(record: Record) -> bool:
+    """Whether thresholds are taken from a run."""
+    return record.is_calibration and record.kind == HEALTHY
+
+
+def deviation(values: Array, *, least: float = 0.0) -> Array:
     """Returns by how many standard deviations a row and the one before are off, the smaller of both, (T,).
 
     It is 0 in the first 45 rows, if both are on different sides, and if a value is not finite.
+
+    Args:
+        values: (T,).
+        least: The least standard deviation.
     """
     found = np.zeros(len(values))
     if len(values) <= WINDOW + 1:
         return found
     windows = sliding_window_view(values, BASELINE)[: len(values) - WINDOW]
-    spread = np.maximum(windows.std(axis=1, ddof=1), 1e-9 * np.abs(values[WINDOW:]) + 1e-30)
+    spread = np.maximum(windows.std(axis=1, ddof=1), np.maximum(1e-9 * np.abs(values[WINDOW:]) + 1e-30, least))
     off = np.nan_to_num((values[WINDOW:] - windows.mean(axis=1)) / spread, posinf=0.0, neginf=0.0)
     both = np.minimum(np.abs(off[1:]), np.abs(off[:-1]))
     found[WINDOW + 1 :] = np.where(off[1:] * off[:-1] > 0, both, 0.0)
@@ -118,8 +144,7 @@ def features(one: Scored, names: Iterable[str], *, after: int) -> Array:
     found: list[float] = []
     for name in names:
         if name == PRODUCT:
-            assert record.run.extra is not None
-            shares = record.run.extra["n"] / record.run.extra["n"].sum(axis=1, keepdims=True)
+            shares = shares_of(record)
             change = shares[begin : begin + after].mean(axis=0) - shares[begin - BASELINE : begin].mean(axis=0)
             found += [change.min(), change.max(), np.abs(change).sum()]
             continue
@@ -157,4 +182,4 @@ def interval(successes: int, n: int) -> tuple[float, float]:
     z, share = 1.96, successes / n
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)

@@ -38,11 +38,6 @@ WORDS = {
         "The model may have found a shortcut that ignores the content of the samples. Check whether the augmentations "
         "are missing or too weak, and whether both views share a mark.",
     ),
-    "point component": Words(
-        "{who} {have}held nearly identical embeddings {when}",
-        "the variance of component {k} was {rel:.2g} of the total; the median over components was {median:.2g}",
-        "Check its samples for copies, constant or broken inputs, and outliers.",
-    ),
     "dead component": Words(
         "{who} {have}had hardly any samples {when}",
         "the weight of component {k} was {pi:.2g}; equal weights would be {equal:.2g}",

@@ -16,8 +16,7 @@ MOST_NUMBERED = 16  # components that are numbered in the plane
 MOST_LINES, LINE = 12, 12.0  # lines of text in a panel, and the height of each in points
 MARKS = {
     "relocation": "|", "alarm: composition": "v", "alarm: trace_T": "^", "alarm: share_B": "D", "alarm: collapse": "X",
-    "alarm: no structure": "s", "alarm: dimensional collapse": "P", "alarm: point component": "o",
-    "alarm: dead component": "x",
+    "alarm: no structure": "s", "alarm: dimensional collapse": "P", "alarm: dead component": "x",
 }  # fmt: skip
 LEVELS = {"wrong": "#D55E00", "changed": "#E69F00", "fine": "#009E73", "unknown": "#999999"}
 

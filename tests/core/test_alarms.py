@@ -21,7 +21,6 @@ STEADY = Reading(
     participation_ratio=4.0,
     pi=(0.25,) * K,
     n=(25.0,) * K,
-    rel=(0.5,) * K,
 )
 GONE = (0.0, 33.0, 33.0, 34.0)
 
@@ -109,7 +108,6 @@ LEVELS = [
     ("collapse", None, {"trace_T": 0.03, "trace_B": 1 / 60}),
     ("dimensional collapse", None, {"participation_ratio": 0.7, "opnorm_B": 0.2}),
     ("dead component", 2, {"pi": (0.333, 0.333, 0.001, 0.333)}),
-    ("point component", 2, {"rel": (0.5, 0.5, 0.03, 0.5)}),
 ]
 
 
@@ -124,12 +122,12 @@ def test_level_is_reported_when_it_has_lasted_and_again_if_it_came_back(
     assert found == [(kind, component, 99, 80), (kind, component, 169, 150)]
 
 
-@pytest.mark.parametrize("figures", [LEVELS[1][2], LEVELS[3][2]])
-def test_directions_and_points_are_judged_only_at_norm_1(figures: dict[str, Any]) -> None:
-    assert len(raised(change(rows(100), range(50, 100), **figures))) == 1
+def test_directions_are_judged_only_at_norm_1() -> None:
+    few = {"participation_ratio": 0.7, "opnorm_B": 0.2}
+    assert len(raised(change(rows(100), range(50, 100), **few))) == 1
     wide = [row._replace(trace_T=50 * row.trace_T, trace_B=50 * row.trace_B) for row in rows(100)]
     wide = [row._replace(opnorm_B=0.5 * row.trace_B) for row in wide]
-    assert raised(change(wide, range(50, 100), **{k: v for k, v in figures.items() if k != "opnorm_B"})) == []
+    assert raised(change(wide, range(50, 100), participation_ratio=0.7)) == []
 
 
 def test_few_rows_that_are_missing_raise_no_alarm() -> None:
@@ -148,25 +146,11 @@ def test_lack_of_structure_is_reported_at_the_second_excess_that_shows_it() -> N
     assert raised(run) == [("no structure", None, 39, 29)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "figures", "unknown"),
-    [
-        ("dimensional collapse", {"participation_ratio": 0.7, "opnorm_B": 0.2}, {"participation_ratio": NAN}),
-        ("point component", {"rel": (0.5, 0.5, 0.03, 0.5)}, {"rel": (NAN,) * K}),
-        ("point component", {"rel": (0.5, 0.5, 0.03, 0.5)}, {"rel": (0.5, 0.5, 0.03, NAN)}),
-    ],
-)
-def test_level_stays_as_it_is_while_its_figures_are_unknown(
-    kind: str, figures: dict[str, Any], unknown: dict[str, Any]
-) -> None:
-    run = change(change(rows(100), range(50, 100), **figures), range(60, 65), **unknown)
-    assert [each[1:] for each in raised(run) if each[0] == kind] == [(2 if "rel" in figures else None, 74, 50)]
+def test_level_stays_as_it_is_while_its_figures_are_unknown() -> None:
+    unknown = {"participation_ratio": NAN}
+    run = change(change(rows(100), range(50, 100), participation_ratio=0.7, opnorm_B=0.2), range(60, 65), **unknown)
+    assert [each[1:] for each in raised(run) if each[0] == "dimensional collapse"] == [(None, 74, 50)]
     assert raised(change(rows(100), range(50, 100), **unknown)) == []
-
-
-def test_dead_component_is_no_point_and_no_measure_of_one() -> None:
-    run = [row._replace(pi=(0.5, 0.5, 0.0, 0.0), rel=(0.4, 0.5, 0.0, 0.0)) for row in rows(60)]
-    assert {each[0] for each in raised(run)} == {"dead component"}
 
 
 def test_components_are_judged_only_after_rows_enough_to_seed_means() -> None:
@@ -174,9 +158,9 @@ def test_components_are_judged_only_after_rows_enough_to_seed_means() -> None:
     assert {each[2:] for each in raised(run) if each[0] == "dead component"} == {(34, 15)}
 
 
-@pytest.mark.parametrize("figures", [{"pi": (), "n": (), "rel": ()}, {"pi": (0.5, 0.5)}])
+@pytest.mark.parametrize("figures", [{"pi": (), "n": ()}, {"pi": (0.5, 0.5)}])
 def test_reading_without_a_figure_for_each_component_is_refused(figures: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^`pi`, `n` and `rel` of a reading must have one figure for each component"):
+    with pytest.raises(ValueError, match=r"^`pi` and `n` of a reading must have one figure for each component"):
         observe(AlarmState(D=8), STEADY._replace(**figures))
 
 
@@ -197,7 +181,7 @@ def test_comparison_depends_on_the_window_alone() -> None:
 
 
 def test_comparison_begins_anew_if_K_changes() -> None:
-    other = STEADY._replace(pi=(0.5, 0.5), n=(60.0, 40.0), rel=(0.5, 0.5))
+    other = STEADY._replace(pi=(0.5, 0.5), n=(60.0, 40.0))
     run = rows(60) + [other._replace(step=step) for step in range(60, 120)]
     assert raised(run) == []
     assert ("composition", 1, 121, 120) in raised(
@@ -213,7 +197,7 @@ def test_alarm_is_one_line() -> None:
 
 
 def test_state_can_be_observed_again() -> None:
-    run = change(rows(80), range(50, 80), n=GONE, rel=(0.5, 0.5, 0.03, 0.5))
+    run = change(rows(80), range(50, 80), n=GONE, pi=(0.333, 0.333, 0.001, 0.333))
     old, _ = follow(run[:51])
     first, second = follow(run[51:], old), follow(run[51:], old)
     assert first[1] == second[1] != []

@@ -94,18 +94,16 @@ def estimate(state: MixtureState | None, z: Tensor, number: int) -> tuple[Mixtur
 
 
 def reading(stats: StepStats, number: int, moved: int, beyond: float) -> Reading:
-    moments, total = stats.moments, readings.trace_T(stats.moments)
     return Reading(
         step=number,
         n_rows=int(stats.R.sum()),
         n_relocated=moved,
         trace_B=float(stats.trace_B),
         opnorm_B=float(stats.opnorm_B),
-        trace_T=float(total),
+        trace_T=float(readings.trace_T(stats.moments)),
         participation_ratio=float(stats.participation_ratio),
         pi=tuple(stats.pi.tolist()),
         n=tuple(stats.R.sum(dim=0).tolist()),
-        rel=tuple((moments.covariance.diagonal(dim1=1, dim2=2).sum(dim=1) / total).tolist()),
         excess=beyond,
     )
 

@@ -91,9 +91,9 @@ def test_worst_comes_first(tmp_path: Path) -> None:
     columns = healthy(300)
     for name in ("trace_T", "trace_B"):
         columns[name][80:] *= 0.75
-    columns["rel"][200:, 5] = 0.01
+    columns["pi"][200:, 5] = 1e-5
     first, second = found(tmp_path, columns)
-    assert (first.level, first.kind, first.components) == ("wrong", "point component", (5,))
+    assert (first.level, first.kind, first.components) == ("wrong", "dead component", (5,))
     assert (second.level, second.kind, second.since) == ("changed", "trace_T", 80)
 
 
