@@ -5,13 +5,16 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.failures import kinds, others, score
+from benchmarks.failures import kinds, limits, others, score
+from benchmarks.failures.runs import Record
 from benchmarks.failures.training import Setting, Training
-from mixture_torch import read_log
+from mixture_torch import read_log, read_run
+from tests.report.logs import healthy, lose, write
 
 SETTING = Setting("SimCLR", "mlp", "digits")
 
@@ -124,3 +127,21 @@ def test_deviation_needs_two_rows_in_succession() -> None:
     twice[70:] += 50
     assert score.deviation(once)[60:80].max() < 5
     assert np.flatnonzero(score.deviation(twice) > 5)[0] == 71
+
+
+def test_component_that_loses_its_class_is_emptied_and_named(tmp_path: Path) -> None:
+    columns, onset = healthy(200, 10, N=1000), 100
+    lose(columns, 4, slice(onset, None), keep=0.4)
+    lose(columns, 7, slice(onset, None), keep=0.8)
+    columns["participation_ratio"][120:150] = 3.0
+    columns["participation_ratio"][160:170] = 1.0  # too short to count
+    run = read_run(write(tmp_path, columns))
+    record = Record(
+        setting=SETTING, seed=0, kind="three classes gone", onset=onset, holders=(4, 7), run=run,
+        others=dict.fromkeys(score.OTHERS, np.ones(200)), probes={},
+    )  # fmt: skip
+    (one, _), _ = score.score([record, attrs.evolve(record, kind="healthy", seed=100)])  # the other sets thresholds
+    assert (one.emptied, one.named) == ({4}, {4})
+    assert np.flatnonzero(limits.shares_off(record, 4) > 3.5)[0] == onset + 1
+    assert limits.shares_off(record, 7).max() < 3.5
+    assert limits.lasting("participation_ratio")(record) == pytest.approx(3.0)
