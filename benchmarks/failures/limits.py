@@ -12,6 +12,7 @@ from benchmarks.failures.training import K
 from benchmarks.pages import Table
 from mixture_core import alarms
 
+DEMO, CALIBRATION = "runs of the demo", "calibration runs"
 OTHER_LIMITS = (3.0, alarms.CHANGE, 4.0, 4.5, 5.0)
 
 
@@ -19,48 +20,32 @@ def reached(scored: Sequence[Scored]) -> Table:
     """Returns the table of limits, and of how near healthy runs come to them."""
     chosen = [one.record for one in scored if sets_limits(one.record)]
     tested = [one.record for one in of(scored, HEALTHY) if not sets_limits(one.record)]
+    off, jumped = "deviation of sqrt(n / N)", f"> {alarms.CHANGE_OF_SCALARS}"
+    used = lasting("participation_ratio", over=EMBEDDING)
     limits = (
-        ("composition", "deviation of sqrt(n / N), standard deviations", f"> {alarms.CHANGE}", max, composition),
-        (
-            "trace_T",
-            "deviation of a change, standard deviations",
-            f"> {alarms.CHANGE_OF_SCALARS}",
-            max,
-            jump("trace_T"),
-        ),
-        (
-            "share_B",
-            "deviation of a change, standard deviations",
-            f"> {alarms.CHANGE_OF_SCALARS}",
-            max,
-            jump("share_B"),
-        ),
-        ("collapse", "trace_T", f"< {alarms.COLLAPSED}", min, lasting("trace_T")),
-        (
-            "dimensional collapse",
-            "participation_ratio / D",
-            f"< {alarms.FLAT}",
-            min,
-            lasting("participation_ratio", over=EMBEDDING),
-        ),
-        ("dimensional collapse", "opnorm_B / trace_B", f"> {alarms.ONE_WAY}", max, one_way),
-        ("no structure", "excess", f"< {alarms.SHAPELESS}", min, excess),
-        ("no structure", "participation_ratio / D", f"> {alarms.ROUND}", max, most_used),
-        ("dead component", "K pi", f"< {alarms.DEAD}", min, least_weight),
+        ("composition", off, f"> {alarms.CHANGE}", DEMO, max, composition),
+        ("trace_T", "deviation of its change", jumped, CALIBRATION, max, jump("trace_T")),
+        ("share_B", "deviation of its change", jumped, CALIBRATION, max, jump("share_B")),
+        ("collapse", "trace_T", f"< {alarms.COLLAPSED}", DEMO, min, lasting("trace_T")),
+        ("dimensional collapse", "participation_ratio / D", f"< {alarms.FLAT}", CALIBRATION, min, used),
+        ("dimensional collapse", "opnorm_B / trace_B", f"> {alarms.ONE_WAY}", DEMO, max, one_way),
+        ("no structure", "excess", f"< {alarms.SHAPELESS}", CALIBRATION, min, excess),
+        ("no structure", "participation_ratio / D", f"> {alarms.ROUND}", DEMO, max, most_used),
+        ("dead component", "K pi", f"< {alarms.DEAD}", DEMO, min, least_weight),
     )
     rows = []
-    for kind, figure, limit, worst, value in limits:
+    for kind, figure, limit, origin, worst, value in limits:
         extremes = (f"{worst(value(record) for record in records):.3g}" for records in (chosen, tested))
         counts = (str(sum(kind in kinds_of(record) for record in records)) for records in (chosen, tested))
-        rows.append((kind, figure, limit, *extremes, *counts))
+        rows.append((kind, figure, limit, origin, *extremes, *counts))
     header = (
-        "alarm", "figure", "limit", f"most extreme of {len(chosen)} calibration runs", f"of {len(tested)} tested runs",
-        "calibration runs with the alarm", "tested runs with it",
+        "alarm", "figure", "limit", "set from", f"most extreme of {len(chosen)} calibration runs",
+        f"of {len(tested)} tested runs", "calibration runs with the alarm", "tested runs with it",
     )  # fmt: skip
     remark = (
-        "All runs are healthy. Limits were chosen from the calibration runs alone. Of deviations, the smaller of two "
-        "rows in succession counts, after the first 44 rows; of figures, what lasts for 20 rows. An alarm with two "
-        "limits needs both."
+        "All runs are healthy. No limit was set from tested runs. Deviations are in standard deviations; the smaller "
+        "of two rows in succession counts, after the first 44 rows. Of other figures, what lasts for 20 rows counts. "
+        "An alarm with two limits needs both."
     )
     return Table(title="Limits of the alarms", header=header, rows=tuple(rows), remarks=(remark,))
 
@@ -87,12 +72,7 @@ def traded(scored: Sequence[Scored]) -> Table:
     )
     return Table(
         title="Other limits for changes of shares",
-        header=(
-            "limit",
-            "healthy runs with an alarm",
-            "one class gone: named",
-            "three classes gone: one or more named",
-        ),
+        header=("limit", "healthy runs with an alarm", "one class gone: named", "three gone: one or more named"),
         rows=tuple(rows),
         remarks=(remark,),
     )
