@@ -108,7 +108,8 @@ def correlation(tested: Sequence[Scored]) -> Table:
     header = ("figure", *(f"{probe}, {group}" for probe in PROBES for group in ("healthy", "broken", "all")))
     remark = (
         "Spearman's correlation of the mean of the last 10 steps with the last probe, after both were ranked within "
-        "their method and samples. Broken: runs with a fault. With so few healthy runs, .3 either way is chance."
+        "their method and samples. Healthy: also the changes that are no faults. Broken: runs with a fault. Runs of "
+        "one seed share their beginning, so .3 either way may be chance."
     )
     return Table(title="Do levels tell how good a run is?", header=header, rows=tuple(rows), remarks=(remark,))
 
@@ -124,7 +125,9 @@ def levels(tested: Sequence[Scored]) -> Table:
     ]
     remark = (
         "Medians over the runs, with the smallest and the largest. Means of the last 10 steps; the last excess that is "
-        "known. Relative to before: over the 40 steps before the onset; of faults from the start, over steps 5 to 45."
+        "known. Relative to before: over the 40 steps before the onset; of faults from the start, over steps 5 to "
+        "44; of "
+        "healthy runs, 70 to 109."
     )
     return Table(title="Levels of the figures", header=("runs", *LEVELS), rows=tuple(rows), remarks=(remark,))
 

@@ -8,11 +8,12 @@ import torch
 from benchmarks import pages
 from benchmarks.failures import page, runs, score
 
-TITLE = "Which failures are seen, by whom, and how soon"
+TITLE = "Which failures are seen, by which figure, and how soon"
 SLUG = "failures"
 SETTING = (
-    "{tested} tested runs of small encoders (D = 32, K = 10, `ema_decay` 0.9), and {calibration} with other seeds. The "
-    "healthy ones of these set all thresholds. A run has 100 to 220 steps; batches have 512 images or 128 sentences, "
+    "{tested} tested runs of small encoders (D = 32, K = 10, `ema_decay` 0.9), and {calibration} calibration runs "
+    "with other seeds. The healthy ones of the latter set the thresholds of single figures, and some of the alarms. "
+    "A run has 100 to 220 steps; batches have 512 images or 128 sentences, "
     "in two views. Larger models and longer runs may behave differently. All figures are of embeddings of norm 1. See "
     "[the description](../README.md#failures) and [the changes](../failures/kinds.py)."
 )

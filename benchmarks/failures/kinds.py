@@ -16,7 +16,7 @@ HIGH, LOW = 30.0, 0.3  # factors of the learning rate
 TEMPERATURE = 5.0
 STRONGER = 2.0
 PSEUDO_LABELS, SHARPNESS, PULL = 64, 10.0, 5.0
-DRIFT = 30  # steps until the heaviest class is e^2 times as frequent as before
+DRIFT = 30  # steps until the heaviest weight is e^2
 
 
 @attrs.frozen

@@ -5,8 +5,6 @@ SimCLR: Chen et al. 2020, section 2.1. BYOL: Grill et al. 2020, section 3.1. Bar
 """
 
 import copy
-from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +21,6 @@ TEMPERATURE = 0.3
 MOMENTUM = 0.98  # of BYOL's target
 VARIANCE, INVARIANCE, COVARIANCE = 25.0, 25.0, 1.0
 OFF_DIAGONAL = 0.02  # weight of the redundancy term of Barlow Twins
-
-# Of the projections of two views, (N, D) each, not normalised.
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Network(nn.Module):
