@@ -126,8 +126,7 @@ def levels(tested: Sequence[Scored]) -> Table:
     remark = (
         "Medians over the runs, with the smallest and the largest. Means of the last 10 steps; the last excess that is "
         "known. Relative to before: over the 40 steps before the onset; of faults from the start, over steps 5 to "
-        "44; of "
-        "healthy runs, 70 to 109."
+        "44; of healthy runs, 70 to 109."
     )
     return Table(title="Levels of the figures", header=("runs", *LEVELS), rows=tuple(rows), remarks=(remark,))
 
@@ -160,7 +159,7 @@ def rank_correlation(runs: Sequence[Scored], figure: str, probe: str) -> str:
     x, y = [], []
     for _, mates in places(runs):
         if len(mates) > 3:
-            levels = [float(np.nanmean(one.series[figure][-10:])) for one in mates]
+            levels = [at_end(figure)(one) for one in mates]
             x += ((rankdata(levels) - 0.5) / len(mates)).tolist()
             y += ((rankdata([one.record.probes[probe][-1] for one in mates]) - 0.5) / len(mates)).tolist()
     value = float(spearmanr(x, y).statistic)
