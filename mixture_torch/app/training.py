@@ -1,5 +1,6 @@
 """A contrastive training loop with mixture diagnostics, on one process or on several."""
 
+import importlib
 import inspect
 import os
 from collections import deque
@@ -192,6 +193,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # DDP imports it later, and the group, as a default argument there, would then outlive its end. One of the group's
+    # threads may still hold a tensor; if Python is over when it lets go, torch 2.13 aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
