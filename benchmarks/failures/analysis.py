@@ -86,7 +86,8 @@ def which(tested: Sequence[Scored]) -> Table:
     remark = (
         f"Multinomial logistic regression on how far each figure is from its mean before the onset, {SEEN_AFTER} steps "
         f"after it; {len(set(y))} kinds of runs, {len(y)} runs of images; trained on all seeds but one, tested on that "
-        "one. By chance: {:.0f} %.".format(100 / len(set(y)))
+        f"one. By chance: {100 / len(set(y)):.0f} %. Runs of one seed share their beginning, so the intervals are "
+        "somewhat too narrow."
     )
     return Table(
         title="Which change it is",
@@ -98,14 +99,16 @@ def which(tested: Sequence[Scored]) -> Table:
 
 def correlation(tested: Sequence[Scored]) -> Table:
     """Returns the table of rank correlations with the probes at the end of the runs."""
-    rows = []
-    for name in (*OURS, *OTHERS):
-        cells = []
-        for probe in PROBES:
-            for group in (is_healthy, is_broken, any_run):
-                cells.append(rank_correlation([one for one in tested if group(one)], name, probe))
-        rows.append((name, *cells))
-    header = ("figure", *(f"{probe}, {group}" for probe in PROBES for group in ("healthy", "broken", "all")))
+    groups = {
+        "healthy": [one for one in tested if not is_broken(one)],
+        "broken": [one for one in tested if is_broken(one)],
+        "all": tested,
+    }
+    rows = [
+        (name, *(rank_correlation(runs, name, probe) for probe in PROBES for runs in groups.values()))
+        for name in (*OURS, *OTHERS)
+    ]
+    header = ("figure", *(f"{probe}, {group}" for probe in PROBES for group in groups))
     remark = (
         "Spearman's correlation of the mean of the last 10 steps with the last probe, after both were ranked within "
         "their method and samples. Healthy: also the changes that are no faults. Broken: runs with a fault. Runs of "
@@ -139,19 +142,9 @@ def ranged(values: Sequence[float]) -> str:
     return f"{np.median(known):.2g} ({min(known):.2g} to {max(known):.2g})"
 
 
-def is_healthy(one: Scored) -> bool:
-    """Whether nothing changed, or only what is no fault."""
-    return one.record.kind == HEALTHY or not KINDS[one.record.kind].is_fault
-
-
 def is_broken(one: Scored) -> bool:
     """Whether there was a fault."""
-    return not is_healthy(one)
-
-
-def any_run(one: Scored) -> bool:
-    """Any run."""
-    return True
+    return one.record.kind != HEALTHY and KINDS[one.record.kind].is_fault
 
 
 def rank_correlation(runs: Sequence[Scored], figure: str, probe: str) -> str:

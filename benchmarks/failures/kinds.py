@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.failures import methods
+from benchmarks.failures.data import N_CLASSES
 from benchmarks.failures.training import Training
 from mixture_core import kmeans_plusplus, lloyd
 from mixture_torch.app import faults
@@ -83,7 +84,7 @@ def classes_gone(n: int) -> Callable[[Training], None]:
     """Returns a change that takes n random classes out of the stream."""
 
     def begin(run: Training) -> None:
-        gone = torch.randperm(10, generator=run.chance)[:n]
+        gone = torch.randperm(N_CLASSES, generator=run.chance)[:n]
         run.gone = gone.tolist()
         _draw_from(run, run.rows[~torch.isin(run.data.labels[run.rows], gone)])
 
@@ -92,7 +93,7 @@ def classes_gone(n: int) -> Callable[[Training], None]:
 
 def one_image(run: Training) -> None:
     """Makes all images of one class the same image."""
-    is_of = run.data.labels[run.rows] == int(torch.randint(10, (), generator=run.chance))
+    is_of = run.data.labels[run.rows] == int(torch.randint(N_CLASSES, (), generator=run.chance))
     _draw_from(run, torch.where(is_of, run.rows[is_of][0], run.rows))
 
 
@@ -104,7 +105,7 @@ def unshuffled(run: Training) -> None:
 
 def drifting(run: Training) -> None:
     """Draws some classes more and more often and others more and more rarely."""
-    begin, slope = run.step, torch.linspace(-2, 2, 10)[torch.randperm(10, generator=run.chance)]
+    begin, slope = run.step, torch.linspace(-2, 2, N_CLASSES)[torch.randperm(N_CLASSES, generator=run.chance)]
 
     def draw() -> Tensor:
         weights = (slope * min(1.0, (run.step - begin) / DRIFT)).exp()[run.data.labels[run.rows]]

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.failures import analysis, data, limits, score
 from benchmarks.failures.kinds import KINDS
 from benchmarks.failures.runs import HEALTHY
-from benchmarks.failures.score import OTHERS, OURS, PRODUCT, Scored, of, places, share
+from benchmarks.failures.score import OTHERS, OURS, PRODUCT, Scored, of, place, places, share
 from benchmarks.pages import Table
 
 DETECTORS = (PRODUCT, *OURS, *OTHERS)
@@ -126,7 +126,8 @@ def from_start(tested: Sequence[Scored], calibration: Sequence[Scored]) -> Table
     rows = []
     for name in [HEALTHY, *(name for name, kind in KINDS.items() if kind.from_start)]:
         runs = of(tested, name)
-        cells = [share_short(outside(one, calibration, figure) for one in runs) for figure in (*OURS, *OTHERS)]
+        off = [statistics.fmean(outside(one, calibration, figure) for one in runs) for figure in (*OURS, *OTHERS)]
+        cells = (f"{100 * value:.0f}" for value in off)
         rows.append((name, str(len(runs)), share(not one.is_fine for one in runs), *cells))
     remark = (
         "Single figures: the share of runs whose mean over steps 80 to 99 lies outside the range of the calibration "
@@ -143,17 +144,10 @@ def out_of(counts: Iterable[tuple[int, int]]) -> str:
     return f"{sum(parts)} of {sum(wholes)}" if sum(wholes) else "-"
 
 
-def share_short(some: Iterable[bool]) -> str:
-    """Returns a share in per cent."""
-    return f"{100 * statistics.fmean(some):.0f}"
-
-
 def outside(one: Scored, calibration: Sequence[Scored], figure: str) -> bool:
     """Whether a figure lies outside the widened range of the calibration runs of the same method and samples."""
-    mine, steps = one.record.setting, slice(80, 100)
-    mates = [
-        c for c in calibration if (c.record.setting.method, c.record.setting.samples) == (mine.method, mine.samples)
-    ]
+    steps = slice(80, 100)
+    mates = [other for other in calibration if place(other) == place(one)]
     values = [float(np.nanmean(mate.series[figure][steps])) for mate in mates]
     low, high = min(values), max(values)
     value, margin = float(np.nanmean(one.series[figure][steps])), 0.5 * (high - low)
@@ -180,9 +174,10 @@ def said(tested: Sequence[Scored]) -> Table:
 
 def thresholds_of_single(thresholds: dict[str, float]) -> Table:
     """Returns the thresholds."""
-    rows = [(name, f"{value:.1f}", "calibration runs of this benchmark") for name, value in thresholds.items()]
-    header = ("single figure", "standard deviations", "from")
-    return Table(title="Thresholds of single figures", header=header, rows=tuple(rows))
+    rows = [(name, f"{value:.1f}") for name, value in thresholds.items()]
+    header = ("single figure", "standard deviations")
+    remark = f"{100 * score.FALSE_ALARMS:.0f} % of the healthy calibration runs exceed them."
+    return Table(title="Thresholds of single figures", header=header, rows=tuple(rows), remarks=(remark,))
 
 
 def heatmap(rows: Sequence[str], columns: Sequence[str], values: "np.ndarray", unit: str) -> bytes:
