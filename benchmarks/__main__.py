@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("`--device cuda` needs a GPU, but torch sees none.")
     if options.out is None:  # a trial must not replace a page of real results
         options.out = Path(tempfile.mkdtemp(prefix="benchmarks-")) if options.quick else RESULTS
+    for folder in filter(None, (options.out, options.runs)):  # before anything is measured
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"`{folder}` cannot be made a folder: {error.strerror}.")
     # The estimator computes in full float32; a product in TF32 would be an unfair yardstick.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     titles = [module.TITLE for module in THEMES.values()]

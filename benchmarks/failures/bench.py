@@ -12,7 +12,8 @@ TITLE = "Which failures are seen, by which figure, and how soon"
 SLUG = "failures"
 SETTING = (
     "{tested} tested runs of small encoders (D = 32, K = 10, `ema_decay` 0.9), and {calibration} calibration runs "
-    "with other seeds. The healthy ones of the latter set the thresholds of single figures, and some of the alarms. "
+    "with other seeds. The {healthy} healthy calibration runs set the thresholds of single figures, and some of the "
+    "alarms. "
     "A run has 100 to 220 steps; batches have 512 images or 128 sentences, "
     "in two views. Larger models and longer runs may behave differently. All figures are of embeddings of norm 1. See "
     "[the description](../README.md#failures) and [the changes](../failures/kinds.py)."
@@ -36,7 +37,8 @@ def save(out: Path, folder: Path | None, *, quick: bool, command: str) -> str:
     scored, thresholds = score.score(runs.read(todo, folder))
     made = f"Made by `{command}` with {pages.environment(torch.device('cpu'))}."
     n_calibration = sum(one.record.is_calibration for one in scored)
-    setting = SETTING.format(calibration=n_calibration, tested=len(scored) - n_calibration)
+    n_healthy = sum(score.sets_limits(one.record) for one in scored)
+    setting = SETTING.format(calibration=n_calibration, tested=len(scored) - n_calibration, healthy=n_healthy)
     tables = page.tables(scored, thresholds)
     text = "\n\n".join([f"# {TITLE}", made, setting, *(table.markdown(SLUG) for table in tables)])
     out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Faults, and changes that are no faults: functions that change a run in progress."""
 
+import zlib
 from collections.abc import Callable, Mapping
 
 import attrs
@@ -84,7 +85,7 @@ def classes_gone(n: int) -> Callable[[Training], None]:
     """Returns a change that takes n random classes out of the stream."""
 
     def begin(run: Training) -> None:
-        gone = torch.randperm(N_CLASSES, generator=run.chance)[:n]
+        gone = torch.randperm(N_CLASSES, generator=_choice(run, f"{n} gone"))[:n]
         run.gone = gone.tolist()
         _draw_from(run, run.rows[~torch.isin(run.data.labels[run.rows], gone)])
 
@@ -93,7 +94,7 @@ def classes_gone(n: int) -> Callable[[Training], None]:
 
 def one_image(run: Training) -> None:
     """Makes all images of one class the same image."""
-    is_of = run.data.labels[run.rows] == int(torch.randint(N_CLASSES, (), generator=run.chance))
+    is_of = run.data.labels[run.rows] == int(torch.randint(N_CLASSES, (), generator=_choice(run, "one image")))
     _draw_from(run, torch.where(is_of, run.rows[is_of][0], run.rows))
 
 
@@ -105,7 +106,8 @@ def unshuffled(run: Training) -> None:
 
 def drifting(run: Training) -> None:
     """Draws some classes more and more often and others more and more rarely."""
-    begin, slope = run.step, torch.linspace(-2, 2, N_CLASSES)[torch.randperm(N_CLASSES, generator=run.chance)]
+    order = torch.randperm(N_CLASSES, generator=_choice(run, "drifting"))
+    begin, slope = run.step, torch.linspace(-2, 2, N_CLASSES)[order]
 
     def draw() -> Tensor:
         weights = (slope * min(1.0, (run.step - begin) / DRIFT)).exp()[run.data.labels[run.rows]]
@@ -137,6 +139,11 @@ def stronger(run: Training) -> None:
 def larger_batch(run: Training) -> None:
     """Doubles the batch."""
     run.batch *= 2
+
+
+def _choice(run: Training, change: str) -> torch.Generator:
+    """Random numbers that choose classes: other ones for each setting and change, even if the seed is the same."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{run.setting}, {run.seed}, {change}".encode()))
 
 
 def _draw_from(run: Training, rows: Tensor) -> None:

@@ -26,7 +26,7 @@ def reached(scored: Sequence[Scored]) -> Table:
         ("composition", off, f"> {alarms.CHANGE}", DEMO, max, composition),
         ("trace_T", "deviation of its change", jumped, CALIBRATION, max, jump("trace_T")),
         ("share_B", "deviation of its change", jumped, CALIBRATION, max, jump("share_B")),
-        ("collapse", "trace_T", f"< {alarms.COLLAPSED}", DEMO, min, lasting("trace_T")),
+        ("collapse", "trace_T over its largest", f"< {alarms.COLLAPSED}", CALIBRATION, min, share_left),
         ("dimensional collapse", "participation_ratio / D", f"< {alarms.FLAT}", CALIBRATION, min, used),
         ("dimensional collapse", "opnorm_B / trace_B", f"> {alarms.ONE_WAY}", DEMO, max, one_way),
         ("no structure", "excess", f"< {alarms.SHAPELESS}", CALIBRATION, min, excess),
@@ -43,9 +43,8 @@ def reached(scored: Sequence[Scored]) -> Table:
         f"of {len(tested)} tested runs", "calibration runs with the alarm", "tested runs with it",
     )  # fmt: skip
     remark = (
-        "All runs are healthy. No limit was set from tested runs. Deviations are in standard deviations; the smaller "
-        "of two rows in succession counts, after the first 45 rows. Of other figures, what lasts for 20 rows "
-        "counts; of `no structure`, two snapshots. "
+        "All runs are healthy. No limit was set from tested runs. Deviations are in standard deviations, after the "
+        "first 45 rows, and must last two rows; other figures 20 rows, those of `no structure` two snapshots. "
         "An alarm with two limits needs both."
     )
     return Table(title="Limits of the alarms", header=header, rows=tuple(rows), remarks=(remark,))
@@ -68,9 +67,8 @@ def traded(scored: Sequence[Scored]) -> Table:
             cells.append(f"{sum(named)} of {len(named)}")
         rows.append((f"{limit}", *cells))
     remark = (
-        "Calibration runs. A lower limit names more classes that are gone, and raises more false alarms. No limit "
-        "both keeps healthy runs with an alarm at 5 % and names one class that is gone in 90 % of the runs. Losses of "
-        "components with fewer than 6 rows count here."
+        "Calibration runs. A lower limit names more classes that are gone, and raises more false alarms. Gains of "
+        "shares, and losses of components with fewer than 6 rows, count here."
     )
     return Table(
         title="Other limits for changes of shares",
@@ -116,6 +114,13 @@ def lasting(name: str, *, over: float = 1.0) -> Callable[[Record], float]:
         return float(sliding_window_view(column(record, name) / over, alarms.LASTING).max(axis=1).min())
 
     return least
+
+
+def share_left(record: Record) -> float:
+    """Returns the least share of its largest value that trace_T had for 20 rows in succession."""
+    trace_T = column(record, "trace_T")
+    share = trace_T / np.minimum(np.maximum.accumulate(trace_T), 1.0)
+    return float(sliding_window_view(share, alarms.LASTING).max(axis=1).min())
 
 
 def one_way(record: Record) -> float:

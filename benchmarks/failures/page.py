@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.failures import analysis, data, limits, score
 from benchmarks.failures.kinds import KINDS
+from benchmarks.failures.methods import NAMES as METHODS
 from benchmarks.failures.runs import HEALTHY
 from benchmarks.failures.score import OTHERS, OURS, PRODUCT, Scored, of, place, places, share
 from benchmarks.pages import Table
@@ -20,6 +21,7 @@ def tables(scored: Sequence[Scored], thresholds: dict[str, float]) -> list[Table
     """Returns all tables of the page."""
     tested = [one for one in scored if not one.record.is_calibration]
     return [
+        changes(tested),
         healthy(tested),
         found(tested),
         delays(tested),
@@ -33,6 +35,19 @@ def tables(scored: Sequence[Scored], thresholds: dict[str, float]) -> list[Table
         limits.traded(scored),
         thresholds_of_single(thresholds),
     ]
+
+
+def changes(tested: Sequence[Scored]) -> Table:
+    """Returns the table of what goes wrong, or changes without going wrong."""
+    rows = []
+    for name, kind in KINDS.items():
+        if runs := of(tested, name):
+            begins = "at the first step" if kind.from_start else "later"
+            methods = "all" if kind.methods == METHODS else ", ".join(kind.methods)
+            rows.append((name, kind.what, "yes" if kind.is_fault else "no", begins, methods, str(len(runs))))
+    remark = "Later: at a random step from 90 to 119; of sentences, from 60 to 79."
+    header = ("change", "what", "fault", "begins", "methods", "tested runs")
+    return Table(title="What changes", header=header, rows=tuple(rows), remarks=(remark,))
 
 
 def healthy(tested: Sequence[Scored]) -> Table:
@@ -62,11 +77,12 @@ def found(tested: Sequence[Scored]) -> Table:
         header=("change", "runs", *DETECTORS),
         rows=tuple(rows),
         remarks=(
-            "Columns from `trace_B` on: one figure alone, with a threshold that "
-            f"{100 * score.FALSE_ALARMS:.0f} % of the healthy calibration runs exceed. 60 steps after the onset "
-            f"count, 40 "
-            "of sentences; of healthy runs all steps, 210 or more. The 95 % interval of a share of 40 runs is at "
-            "most 30 points wide.",
+            "`alarms`: those of this project, all together. Other columns: one figure alone, with a threshold that "
+            f"{100 * score.FALSE_ALARMS:.0f} % of the healthy calibration runs exceed. "
+            "[This project's](../../mixture_torch/README.md#files) go up to `mean alignment`, an average over steps; "
+            "then come the loss and [what others watch](../failures/others.py), each of one batch.",
+            "Counted: 60 steps after the onset (sentences: 40); healthy runs: all. The 95 % interval of a share of 40 "
+            "runs is at most 30 points wide.",
         ),
         figures={"found": heatmap([HEALTHY, *late], DETECTORS, np.array(shares) * 100, "% of the runs")},
     )
@@ -105,18 +121,20 @@ def gone(tested: Sequence[Scored]) -> Table:
                 continue
             any_named = share(bool(run.named) for run in runs)
             is_told = share(any(verdict.kind == "group gone" for verdict in run.verdicts) for run in runs)
+            misnamed = str(sum(len(run.fallen - run.named) for run in runs))
             holders = [(set(run.record.holders), run.emptied, run.named) for run in runs]
             emptied = out_of((len(named & empty), len(empty)) for _, empty, named in holders)
             shared = out_of((len(named - empty), len(held - empty)) for held, empty, named in holders)
-            rows.append((kind, name, str(len(runs)), any_named, emptied, shared, is_told))
+            rows.append((kind, name, str(len(runs)), any_named, emptied, shared, misnamed, is_told))
     header = (
-        "change", "runs of", "runs", "named, % of runs", "emptied components named", "shared components named",
-        "verdict `group gone`, % of runs",
+        "change", "runs of", "runs", "one or more named, % of runs", "emptied components named",
+        "shared components named", "others named", "verdict `group gone`, % of runs",
     )  # fmt: skip
     remark = (
-        f"Named: an alarm within {score.SOON} steps names a component that held most samples of a class that is gone, "
-        "in the 10 steps before. Such a component is emptied if it loses at least half of its share with the class; "
-        "otherwise it shares the class with others, or holds other classes too. In brackets: 95 % intervals."
+        f"Named: an alarm within {score.SOON} steps names, for a loss, the component that held most samples of a lost "
+        "class in the 10 steps before. It is emptied if it loses at least half of its share of the batch; otherwise it "
+        "is shared: it holds other classes too, or other components hold the class too. Others: components named for "
+        "a loss that held most samples of no lost class. In brackets: 95 % intervals."
     )
     return Table(title="Classes that are gone", header=header, rows=tuple(rows), remarks=(remark,))
 
@@ -162,10 +180,8 @@ def said(tested: Sequence[Scored]) -> Table:
         if not runs:
             continue
         kinds = Counter(one.verdicts[0].kind for one in runs).most_common()
-        is_fault = "" if name == HEALTHY else "yes" if KINDS[name].is_fault else "no"
-        what = "nothing changes" if name == HEALTHY else KINDS[name].what
-        rows.append((name, what, is_fault, str(len(runs)), ", ".join(f"{kind} {n}" for kind, n in kinds)))
-    header = ("change", "what", "fault", "runs", "first verdict of the report, in runs")
+        rows.append((name, str(len(runs)), ", ".join(f"{kind} {n}" for kind, n in kinds)))
+    header = ("change", "runs", "first verdict of the report, in runs")
     remark = (
         "Verdicts cover the whole run, so alarms from before the onset count too: some healthy beginnings have them."
     )
@@ -199,6 +215,8 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: "np.ndarray", u
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title(unit, loc="left", fontsize=9)
+    for middle, whose in ((len(OURS) / 2 + 0.5, "this project"), (len(OURS) + len(OTHERS) / 2 + 0.5, "others")):
+        axes.text(middle, -0.7, whose, ha="center", fontsize=9)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

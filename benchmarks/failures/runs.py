@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.failures import methods
+from benchmarks.failures import data, methods
 from benchmarks.failures.kinds import KINDS
 from benchmarks.failures.training import Setting, Training
-from mixture_torch.files.disk import write_atomically
 from mixture_torch.report.run import Run, read_run
 
 HEALTHY = "healthy"
@@ -40,7 +40,7 @@ OF_SENTENCES = (
     "no negatives", "temperature", "no augmentation", "learning rate", "one class gone", "three classes gone",
     "drifting classes", "unshuffled", "stronger augmentation",
 )  # fmt: skip
-DONE = "run.json"  # written last
+CONTENT = "run.json"  # what the product does not write
 
 
 @attrs.frozen
@@ -109,16 +109,26 @@ def make(todo: Sequence[Task], folder: Path) -> Iterator[str]:
         todo: The tasks.
         folder: Of all runs.
     """
-    missing = [task for task in todo if any(not _done(task, kind, folder) for kind in task.kinds)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    missing = [task for task in todo if any(not _folder(task, kind, folder).exists() for kind in task.kinds)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for samples in sorted({task.setting.samples for task in missing}):
+        data.load(samples)  # before anything is made: it fails if a package is not installed
+    pool = ProcessPoolExecutor(2, get_context("spawn"))
+    try:
         futures = [pool.submit(_make, task, folder) for task in missing]
         for number, (task, future) in enumerate(zip(missing, futures, strict=True), 1):
             future.result()
             yield f"{number} of {len(missing)}: {task.setting}, seed {task.seed}"
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read(todo: Sequence[Task], folder: Path) -> list[Record]:
-    """Returns the runs of all tasks."""
+    """Returns the runs of all tasks.
+
+    Raises:
+        ValueError: A run is damaged.
+    """
     return [_read(task, kind, folder) for task in todo for kind in task.kinds]
 
 
@@ -126,58 +136,57 @@ def _folder(task: Task, kind: str, folder: Path) -> Path:
     return folder / str(task.setting) / str(task.seed) / kind.replace(" ", "-")
 
 
-def _done(task: Task, kind: str, folder: Path) -> bool:
-    return (_folder(task, kind, folder) / DONE).exists()
-
-
 def _make(task: Task, folder: Path) -> None:
     torch.set_num_threads(1)
     lengths = LENGTHS[task.setting.samples]
     onset = int(np.random.default_rng(task.seed).integers(*lengths.onset))
-    begun = _new(task, folder, "begun")
-    begun.run(onset)
-    begun.estimator.close()
-    state = begun.state_dict()
-    for kind in task.kinds:
-        if _done(task, kind, folder):
-            continue
-        is_late = kind == HEALTHY or not KINDS[kind].from_start
-        run = _new(task, folder, kind, copied="begun" if is_late else None)
-        if is_late:
-            run.load_state_dict(state)
-        if kind != HEALTHY:
-            KINDS[kind].begin(run)
-        holders = run.holders() if run.gone else []
-        end = lengths.healthy if kind == HEALTHY else onset + lengths.after if is_late else lengths.from_start
-        run.run(end)
-        run.estimator.close()
-        figures = {name: [row[name] for row in run.figures] for name in run.figures[0]}
-        probes = {name: [row[name] for row in run.probes] for name in run.probes[0]}
-        begin = end if kind == HEALTHY else onset if is_late else 0
-        content = {"onset": begin, "holders": holders, "others": figures, "probes": probes}
-        write_atomically(_folder(task, kind, folder) / DONE, json.dumps(content).encode())
-    shutil.rmtree(_folder(task, "begun", folder))
-
-
-def _new(task: Task, folder: Path, kind: str, *, copied: str | None = None) -> Training:
-    """A run in a new folder, or in a copy of another's."""
-    own = _folder(task, kind, folder)
-    shutil.rmtree(own, ignore_errors=True)  # what an interrupted run left
-    if copied is not None:
-        shutil.copytree(_folder(task, copied, folder), own)
-    return Training(task.setting, task.seed, own)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        own = Path(unfinished)
+        begun = Training(task.setting, task.seed, own / "begun")
+        begun.run(onset)
+        begun.estimator.close()
+        state = begun.state_dict()
+        for kind in task.kinds:
+            target = _folder(task, kind, folder)
+            if target.exists():
+                continue
+            is_late = kind == HEALTHY or not KINDS[kind].from_start
+            if is_late:
+                shutil.copytree(own / "begun", own / target.name)
+            run = Training(task.setting, task.seed, own / target.name)
+            if is_late:
+                run.load_state_dict(state)
+            if kind != HEALTHY:
+                KINDS[kind].begin(run)
+            holders = run.holders() if run.gone else []
+            end = lengths.healthy if kind == HEALTHY else onset + lengths.after if is_late else lengths.from_start
+            run.run(end)
+            run.estimator.close()
+            figures = {name: [row[name] for row in run.figures] for name in run.figures[0]}
+            probes = {name: [row[name] for row in run.probes] for name in run.probes[0]}
+            begin = end if kind == HEALTHY else onset if is_late else 0
+            content = {"onset": begin, "holders": holders, "others": figures, "probes": probes}
+            (own / target.name / CONTENT).write_text(json.dumps(content))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (own / target.name).rename(target)  # so a run's folder is complete, or not there
 
 
 def _read(task: Task, kind: str, folder: Path) -> Record:
     own = _folder(task, kind, folder)
-    content: dict[str, Any] = json.loads((own / DONE).read_bytes())
+    try:
+        content: dict[str, Any] = json.loads((own / CONTENT).read_bytes())
+        run, n_steps = read_run(own), len(content["others"]["loss"])
+        if run.extra is None or not np.array_equal(run.extra["step"], np.arange(n_steps)):
+            raise ValueError("Steps are missing.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"The run in `{own}` is damaged; delete that folder, and make the run again.") from error
     return Record(
         setting=task.setting,
         seed=task.seed,
         kind=kind,
         onset=content["onset"],
         holders=tuple(content["holders"]),
-        run=read_run(own),
+        run=run,
         others={name: np.array(values) for name, values in content["others"].items()},
         probes={name: np.array(values) for name, values in content["probes"].items()},
     )

@@ -56,9 +56,14 @@ class Scored:
     @property
     def named(self) -> set[int | None]:
         """The components that held a class that is gone and were named by an alarm within 5 steps."""
+        return self.fallen & set(self.record.holders)
+
+    @property
+    def fallen(self) -> set[int | None]:
+        """The components of which an alarm within 5 steps says that they lost a part of their share."""
         begin = self.record.onset
         soon = [alarm for alarm in self.record.run.alarms if begin <= alarm.step < begin + SOON]
-        return {alarm.component for alarm in soon if alarm.kind == "composition"} & set(self.record.holders)
+        return {alarm.component for alarm in soon if alarm.kind == "composition" and alarm.figures["deviation"] < 0}
 
     @property
     def emptied(self) -> set[int]:
@@ -129,23 +134,23 @@ def deviation(values: Array, *, least: float = 0.0) -> Array:
     return found
 
 
-def features(one: Scored, names: Iterable[str], *, after: int) -> Array:
-    """Returns how far each figure is from where it was before the onset, some steps after it.
+def features(one: Scored, names: Iterable[str], *, begin: int, after: int) -> Array:
+    """Returns how far each figure is from where it was before a step, in the last 5 of some steps after it.
 
-    In standard deviations of the 40 rows before the onset, with a logarithm that keeps the sign and tames large values.
+    In standard deviations of the 40 rows before the step, with a logarithm that keeps the sign and tames large values.
 
     Args:
-        one: A run whose change comes late; of a healthy run, `after` steps before its end are compared.
+        one: A run whose change comes late, or a healthy one.
         names: Of the figures; with `PRODUCT`, also the largest fall and rise of a component's share of the batch.
+        begin: The step: the onset, in a healthy run that of the others with its beginning.
         after: Steps.
     """
-    record = one.record
-    begin = record.onset - after if record.kind == HEALTHY else record.onset
     found: list[float] = []
     for name in names:
         if name == PRODUCT:
-            shares = shares_of(record)
-            change = shares[begin : begin + after].mean(axis=0) - shares[begin - BASELINE : begin].mean(axis=0)
+            shares = shares_of(one.record)
+            now, before = shares[begin + after - 5 : begin + after], shares[begin - BASELINE : begin]
+            change = now.mean(axis=0) - before.mean(axis=0)
             found += [change.min(), change.max(), np.abs(change).sum()]
             continue
         before, now = one.series[name][begin - BASELINE : begin], one.series[name][begin + after - 5 : begin + after]
