@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The estimator computes in full float32; a product in TF32 would be an unfair yardstick.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     titles = [module.TITLE for module in THEMES.values()]
-    command = " ".join(["python -m benchmarks", *_without_out(words)])
+    command = " ".join(["python -m benchmarks", *_without_paths(words)])
     if FAILURES in options.themes:
         options.themes.remove(FAILURES)
         print(failures.save(options.out, options.runs, quick=options.quick, command=command) + "\n", flush=True)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, parents=[_out()])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, parents=[_paths()])
     parser.add_argument(
         "--themes", nargs="+", choices=[*THEMES, FAILURES], default=list(THEMES), help="default: all but failures"
     )
@@ -68,16 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--training-seconds", type=float, default=30.0, help="per configuration of the training theme; default: 30"
     )
-    parser.add_argument(
-        "--runs", type=Path, help="folder of the runs of the failures theme; those that are there are not made again"
-    )
     return parser
 
 
-def _out() -> argparse.ArgumentParser:
+def _paths() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--out", type=Path, help="folder for the pages; default: benchmarks/results, or a temporary folder with --quick"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the runs of the failures theme; those that are there are not made again"
     )
     return parser
 
@@ -87,9 +87,9 @@ def _devices(name: str | None) -> list[torch.device]:
     return [torch.device(name) for name in names]
 
 
-def _without_out(words: Sequence[str]) -> list[str]:
-    """Returns the command line without `--out`, which is a path of one machine."""
-    return _out().parse_known_args(words)[1]
+def _without_paths(words: Sequence[str]) -> list[str]:
+    """Returns the command line without paths, which are of one machine."""
+    return _paths().parse_known_args(words)[1]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.failures import analysis, data, limits, score
 from benchmarks.failures.kinds import KINDS
 from benchmarks.failures.methods import NAMES as METHODS
-from benchmarks.failures.runs import HEALTHY
+from benchmarks.failures.runs import HEALTHY, LENGTHS
 from benchmarks.failures.score import OTHERS, OURS, PRODUCT, Scored, of, place, places, share
 from benchmarks.pages import Table
 
@@ -45,7 +45,12 @@ def changes(tested: Sequence[Scored]) -> Table:
             begins = "at the first step" if kind.from_start else "later"
             methods = "all" if kind.methods == METHODS else ", ".join(kind.methods)
             rows.append((name, kind.what, "yes" if kind.is_fault else "no", begins, methods, str(len(runs))))
-    remark = "Later: at a random step from 90 to 119; of sentences, from 60 to 79."
+    images, sentences = LENGTHS["digits"].onset, LENGTHS["sentences"].onset
+    remark = (
+        f"Later: at a random step from {images[0]} to {images[1] - 1} (sentences: {sentences[0]} to "
+        f"{sentences[1] - 1}), the same in all runs of a seed. The classes are drawn for each method, "
+        "encoder, samples and seed."
+    )
     header = ("change", "what", "fault", "begins", "methods", "tested runs")
     return Table(title="What changes", header=header, rows=tuple(rows), remarks=(remark,))
 
@@ -81,7 +86,8 @@ def found(tested: Sequence[Scored]) -> Table:
             f"{100 * score.FALSE_ALARMS:.0f} % of the healthy calibration runs exceed. "
             "[This project's](../../mixture_torch/README.md#files) go up to `mean alignment`, an average over steps; "
             "then come the loss and [what others watch](../failures/others.py), each of one batch.",
-            "Counted: 60 steps after the onset (sentences: 40); healthy runs: all. The 95 % interval of a share of 40 "
+            f"Counted: {LENGTHS['digits'].after} steps after the onset (sentences: {LENGTHS['sentences'].after}); "
+            "healthy runs: all. The 95 % interval of a share of 40 "
             "runs is at most 30 points wide.",
         ),
         figures={"found": heatmap([HEALTHY, *late], DETECTORS, np.array(shares) * 100, "% of the runs")},
