@@ -175,18 +175,19 @@ def _read(task: Task, kind: str, folder: Path) -> Record:
     own = _folder(task, kind, folder)
     try:
         content: dict[str, Any] = json.loads((own / CONTENT).read_bytes())
-        run, n_steps = read_run(own), len(content["others"]["loss"])
-        if run.extra is None or not np.array_equal(run.extra["step"], np.arange(n_steps)):
-            raise ValueError("Steps are missing.")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = Record(
+            setting=task.setting,
+            seed=task.seed,
+            kind=kind,
+            onset=content["onset"],
+            holders=tuple(content["holders"]),
+            run=read_run(own),
+            others={name: np.array(values, dtype=float) for name, values in content["others"].items()},
+            probes={name: np.array(values, dtype=float) for name, values in content["probes"].items()},
+        )
+        extra, lengths = record.run.extra, {len(values) for values in record.others.values()}
+        if extra is None or lengths != {len(extra["step"])} or extra["step"][0] != 0:
+            raise ValueError("Something is missing.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The run in `{own}` is damaged; delete that folder, and make the run again.") from error
-    return Record(
-        setting=task.setting,
-        seed=task.seed,
-        kind=kind,
-        onset=content["onset"],
-        holders=tuple(content["holders"]),
-        run=run,
-        others={name: np.array(values) for name, values in content["others"].items()},
-        probes={name: np.array(values) for name, values in content["probes"].items()},
-    )
+    return record
