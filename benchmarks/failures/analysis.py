@@ -78,10 +78,10 @@ def which(tested: Sequence[Scored]) -> Table:
     ]  # fmt: skip
     y, seeds = [one.record.kind for one in late], [one.record.seed for one in late]
     # Healthy runs have no onset; the classifier must not tell them by the time.
-    onsets = {begun(one): one.record.onset for one in late if one.record.kind != HEALTHY}
+    onsets = {beginning(one): one.record.onset for one in late if one.record.kind != HEALTHY}
     rows = []
     for group, names in GROUPS.items():
-        x = np.array([score.features(one, names, begin=onsets[begun(one)], after=SEEN_AFTER) for one in late])
+        x = np.array([score.features(one, names, begin=onsets[beginning(one)], after=SEEN_AFTER) for one in late])
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         told = cross_val_predict(model, x, y, groups=seeds, cv=LeaveOneGroupOut())
         rows.append((group, str(x.shape[1]), share(a == b for a, b in zip(told, y, strict=True))))
@@ -100,7 +100,7 @@ def which(tested: Sequence[Scored]) -> Table:
     )
 
 
-def begun(one: Scored) -> tuple[Setting, int]:
+def beginning(one: Scored) -> tuple[Setting, int]:
     """Returns what runs with the same beginning share."""
     return one.record.setting, one.record.seed
 

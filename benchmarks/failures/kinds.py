@@ -85,7 +85,7 @@ def classes_gone(n: int) -> Callable[[Training], None]:
     """Returns a change that takes n random classes out of the stream."""
 
     def begin(run: Training) -> None:
-        gone = torch.randperm(N_CLASSES, generator=_choice(run, f"{n} gone"))[:n]
+        gone = torch.randperm(N_CLASSES, generator=_generator(run, f"{n} gone"))[:n]
         run.gone = gone.tolist()
         _draw_from(run, run.rows[~torch.isin(run.data.labels[run.rows], gone)])
 
@@ -94,7 +94,7 @@ def classes_gone(n: int) -> Callable[[Training], None]:
 
 def one_image(run: Training) -> None:
     """Makes all images of one class the same image."""
-    is_of = run.data.labels[run.rows] == int(torch.randint(N_CLASSES, (), generator=_choice(run, "one image")))
+    is_of = run.data.labels[run.rows] == int(torch.randint(N_CLASSES, (), generator=_generator(run, "one image")))
     _draw_from(run, torch.where(is_of, run.rows[is_of][0], run.rows))
 
 
@@ -106,7 +106,7 @@ def unshuffled(run: Training) -> None:
 
 def drifting(run: Training) -> None:
     """Draws some classes more and more often and others more and more rarely."""
-    order = torch.randperm(N_CLASSES, generator=_choice(run, "drifting"))
+    order = torch.randperm(N_CLASSES, generator=_generator(run, "drifting"))
     begin, slope = run.step, torch.linspace(-2, 2, N_CLASSES)[order]
 
     def draw() -> Tensor:
@@ -141,7 +141,7 @@ def larger_batch(run: Training) -> None:
     run.batch *= 2
 
 
-def _choice(run: Training, change: str) -> torch.Generator:
+def _generator(run: Training, change: str) -> torch.Generator:
     """Random numbers that choose classes: other ones for each setting and change, even if the seed is the same."""
     return torch.Generator().manual_seed(zlib.crc32(f"{run.setting}, {run.seed}, {change}".encode()))
 

@@ -26,7 +26,7 @@ def reached(scored: Sequence[Scored]) -> Table:
         ("composition", off, f"> {alarms.CHANGE}", DEMO, max, composition),
         ("trace_T", "deviation of its change", jumped, CALIBRATION, max, jump("trace_T")),
         ("share_B", "deviation of its change", jumped, CALIBRATION, max, jump("share_B")),
-        ("collapse", "trace_T over its largest", f"< {alarms.COLLAPSED}", CALIBRATION, min, share_left),
+        ("collapse", "trace_T over its largest", f"< {alarms.COLLAPSED}", CALIBRATION, min, trace_T_left),
         ("dimensional collapse", "participation_ratio / D", f"< {alarms.FLAT}", CALIBRATION, min, used),
         ("dimensional collapse", "opnorm_B / trace_B", f"> {alarms.ONE_WAY}", DEMO, max, one_way),
         ("no structure", "excess", f"< {alarms.SHAPELESS}", CALIBRATION, min, excess),
@@ -116,7 +116,7 @@ def lasting(name: str, *, over: float = 1.0) -> Callable[[Record], float]:
     return least
 
 
-def share_left(record: Record) -> float:
+def trace_T_left(record: Record) -> float:
     """Returns the least share of its largest value that trace_T had for 20 rows in succession."""
     trace_T = column(record, "trace_T")
     share = trace_T / np.minimum(np.maximum.accumulate(trace_T), 1.0)

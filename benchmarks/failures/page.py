@@ -48,8 +48,8 @@ def changes(tested: Sequence[Scored]) -> Table:
     images, sentences = LENGTHS["digits"].onset, LENGTHS["sentences"].onset
     remark = (
         f"Later: at a random step from {images[0]} to {images[1] - 1} (sentences: {sentences[0]} to "
-        f"{sentences[1] - 1}), the same in all runs of a seed. The classes are drawn for each method, "
-        "encoder, samples and seed."
+        f"{sentences[1] - 1}), the same in all runs of a seed. Affected classes are chosen for each "
+        "change, method, encoder, samples and seed."
     )
     header = ("change", "what", "fault", "begins", "methods", "tested runs")
     return Table(title="What changes", header=header, rows=tuple(rows), remarks=(remark,))
@@ -84,11 +84,11 @@ def found(tested: Sequence[Scored]) -> Table:
         remarks=(
             "`alarms`: those of this project, all together. Other columns: one figure alone, with a threshold that "
             f"{100 * score.FALSE_ALARMS:.0f} % of the healthy calibration runs exceed. "
-            "[This project's](../../mixture_torch/README.md#files) go up to `mean alignment`, an average over steps; "
-            "then come the loss and [what others watch](../failures/others.py), each of one batch.",
+            "Columns to `mean alignment`, an average over steps, are [this project's]"
+            "(../../mixture_torch/README.md#files); then come the loss and [what others watch](../failures/others.py), "
+            "each of one batch.",
             f"Counted: {LENGTHS['digits'].after} steps after the onset (sentences: {LENGTHS['sentences'].after}); "
-            "healthy runs: all. The 95 % interval of a share of 40 "
-            "runs is at most 30 points wide.",
+            "healthy runs: all. The 95 % interval of a share of 40 runs is at most 30 points wide.",
         ),
         figures={"found": heatmap([HEALTHY, *late], DETECTORS, np.array(shares) * 100, "% of the runs")},
     )
@@ -140,7 +140,7 @@ def gone(tested: Sequence[Scored]) -> Table:
         f"Named: an alarm within {score.SOON} steps names, for a loss, the component that held most samples of a lost "
         "class in the 10 steps before. It is emptied if it loses at least half of its share of the batch; otherwise it "
         "is shared: it holds other classes too, or other components hold the class too. Others: components named for "
-        "a loss that held most samples of no lost class. In brackets: 95 % intervals."
+        "a loss that are not the main component of any lost class. In brackets: 95 % intervals."
     )
     return Table(title="Classes that are gone", header=header, rows=tuple(rows), remarks=(remark,))
 

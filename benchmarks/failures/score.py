@@ -135,14 +135,14 @@ def deviation(values: Array, *, least: float = 0.0) -> Array:
 
 
 def features(one: Scored, names: Iterable[str], *, begin: int, after: int) -> Array:
-    """Returns how far each figure is from where it was before a step, in the last 5 of some steps after it.
+    """Returns how far each figure has moved from before a step to some steps after it, where 5 rows are averaged.
 
     In standard deviations of the 40 rows before the step, with a logarithm that keeps the sign and tames large values.
 
     Args:
         one: A run whose change comes late, or a healthy one.
         names: Of the figures; with `PRODUCT`, also the largest fall and rise of a component's share of the batch.
-        begin: The step: the onset, in a healthy run that of the others with its beginning.
+        begin: The onset; for a healthy run, that of the runs with the same beginning.
         after: Steps.
     """
     found: list[float] = []

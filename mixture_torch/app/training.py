@@ -193,8 +193,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DDP imports it later, and the group, as a default argument there, would then outlive its end. One of the group's
-    # threads may still hold a tensor; if Python is over when it lets go, torch 2.13 aborts the process.
+    # DDP imports this module. If it did so after the group is made, default arguments would keep the group and its
+    # threads until Python ends, and a thread that lets go of a tensor then aborts the process (torch 2.13).
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
