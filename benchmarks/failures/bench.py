@@ -25,7 +25,7 @@ def save(out: Path, folder: Path | None, *, quick: bool, command: str) -> str:
     """Makes the runs that are missing, writes the page and its figures, and returns its text.
 
     Args:
-        out: Folder of the page.
+        out: Folder of the page, which exists.
         folder: Of the runs. If None, beside this file, or with `quick` beside the page.
         quick: Whether to make only a few runs, to see that everything works.
         command: What the page is made with.
@@ -41,7 +41,6 @@ def save(out: Path, folder: Path | None, *, quick: bool, command: str) -> str:
     setting = SETTING.format(calibration=n_calibration, tested=len(scored) - n_calibration, healthy=n_healthy)
     tables = page.tables(scored, thresholds)
     text = "\n\n".join([f"# {TITLE}", made, setting, *(table.markdown(SLUG) for table in tables)])
-    out.mkdir(parents=True, exist_ok=True)
     for table in tables:
         for name, png in table.figures.items():
             (out / f"{SLUG}-{name}.png").write_bytes(png)
